@@ -1,0 +1,63 @@
+# Two commands are enough: `make book` to run and read everything, `make test` to check it.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup book html test lab refresh tables results bench repo clean
+
+# Builds $(1)/_build/html from the notebooks' stored outputs; pages of an earlier build never survive.
+build_pages = rm -rf $(1)/_build/html $(1)/_build/.doctrees && $(BIN)/jupyter-book build $(1) -W -n --keep-going -q
+
+help: ## this list
+	@echo "RLHF by Experiment"
+	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1#\2/p' $(MAKEFILE_LIST) | awk -F'#' '{printf "%-18s %s\n", $$1, $$2}'
+
+setup: $(INSTALLED) ## make .venv from requirements.txt
+$(INSTALLED): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+book: setup ## run a copy of every notebook, build the pages from the copies
+	$(BIN)/python tools/run_copies.py
+	$(call build_pages,_build/run)
+	@echo "Open $(CURDIR)/_build/run/_build/html/index.html"
+
+html: setup ## build the pages from the stored outputs
+	$(call build_pages,.)
+	@echo "Open $(CURDIR)/_build/html/index.html"
+
+test: setup ## lint, unit tests, notebooks against their stored outputs, pages
+	$(BIN)/ruff check .
+	$(BIN)/pytest --nbval --nbval-current-env
+
+lab: setup ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab notebooks
+
+refresh: setup ## run NOTEBOOK=01_bandit (or all) and store its outputs
+	$(BIN)/python tools/refresh.py $(NOTEBOOK)
+	@$(MAKE) -s tables
+
+tables: setup ## write the pages book/equations.md and book/status.md
+	$(BIN)/python tools/build_status.py
+	$(BIN)/python tools/build_equations.py
+
+results: setup ## record the long sweeps that notebooks draw
+	@for script in $(or $(wildcard benchmarks/record_*.py),none); do \
+		if [ $$script = none ]; then echo "No sweep is recorded yet: benchmarks/ holds no record_*.py"; \
+		else echo $$script; $(BIN)/python $$script || exit 1; fi; done
+
+bench: setup ## print the performance tables (FULL=1 adds install, build and test)
+	@for script in $(filter-out benchmarks/record_%,$(sort $(wildcard benchmarks/*.py))); do \
+		FULL=$(FULL) $(BIN)/python $$script || exit 1; echo; done
+
+repo: setup ## write another repository's address everywhere: REPO=owner/name
+	$(BIN)/python tools/set_repo.py $(REPO)
+
+clean: ## remove everything that was built, except .venv
+	rm -rf _build .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

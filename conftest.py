@@ -1,0 +1,10 @@
+"""Settings for every test run."""
+
+import matplotlib
+from hypothesis import settings
+
+# In this process only: an environment variable would reach the notebooks' kernels and take their figures away.
+matplotlib.use("Agg")
+# The same examples in every run, and no time limit that a busy machine could break.
+settings.register_profile("book", derandomize=True, deadline=None)
+settings.load_profile("book")

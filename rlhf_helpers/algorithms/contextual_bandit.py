@@ -1,0 +1,258 @@
+"""Four ways to update a linear softmax policy on a linear contextual bandit, many independent runs at once.
+
+A policy is a tensor of weights [R, K, D]: run r prefers arm a in context x by the logit weights[r, a]·x.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf_helpers._validate import in_range, one_of
+from rlhf_helpers.kl import AdaptiveKLController, exact_kl
+from rlhf_helpers.logprobs import entropy, masked_whiten, token_log_probs
+from rlhf_helpers.losses import policy_gradient_loss, ppo_clip_loss
+from rlhf_helpers.trust_region import conjugate_gradient, hessian_vector_product
+from rlhf_helpers.worlds.bandits import LinearBandit
+
+METHODS = ("reinforce", "ppo_clip", "ppo_penalty", "trpo")
+HELD_OUT_SEED = 1_000_003
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of a run.
+
+    Args:
+        method: "reinforce", "ppo_clip", "ppo_penalty" or "trpo".
+        iterations: rollouts.
+        batch_size: contexts a rollout.
+        epochs: passes over each rollout ("trpo" makes one step instead).
+        minibatches: gradient steps a pass; divides batch_size.
+        learning_rate: of Adam.
+        clip: ε of "ppo_clip"; math.inf turns clipping off.
+        target_kl: nats; the KL(π_old‖π) that "ppo_penalty" steers to and "trpo" never exceeds.
+        seed: of contexts, actions and noise.
+    """
+
+    method: str = "ppo_clip"
+    iterations: int = 100
+    batch_size: int = 64
+    epochs: int = 4
+    minibatches: int = 1
+    learning_rate: float = 0.05
+    clip: float = 0.2
+    target_kl: float = 0.02
+    seed: int = 0
+
+
+class Batch(NamedTuple):
+    """One rollout of R runs: what the old policy saw, did and got. Advantages are whitened run by run."""
+
+    contexts: Tensor  # [R, N, D]
+    actions: Tensor  # [R, N]
+    advantages: Tensor  # [R, N]
+    old_log_probs: Tensor  # [R, N]
+    old_logits: Tensor  # [R, N, K]
+
+
+class Metrics(NamedTuple):
+    """After one iteration, for each of R runs. `reward`, `kl` and `entropy` are exact, on contexts never trained on."""
+
+    iteration: int
+    reward: Tensor  # [R] expected reward
+    kl: Tensor  # [R] KL(π‖π at the start), nats
+    entropy: Tensor  # [R] nats
+    clip_fraction: Tensor  # [R] after the update
+    approx_kl: Tensor  # [R] mean of ρ − 1 − log ρ after the update, nats
+    step_kl: Tensor  # [R] exact KL(π_old‖π) on the rollout, nats
+    grad_norm: Tensor  # [R] of the first gradient step
+
+
+def policy_logits(policy: Tensor, contexts: Tensor) -> Tensor:
+    """Logits of every arm: policy [R, K, D], contexts [R, N, D] (or [N, D], the same for all) -> [R, N, K]."""
+    return contexts @ policy.transpose(-1, -2)
+
+
+def collect(policy: Tensor, bandit: LinearBandit, batch_size: int, generator: torch.Generator) -> Batch:
+    """Roll out: draw contexts, act by the policy, see the rewards, and keep the log-probabilities it acted with."""
+    with torch.no_grad():
+        contexts = bandit.contexts(len(policy), batch_size, generator=generator)
+        logits = policy_logits(policy, contexts)
+        actions = torch.multinomial(logits.softmax(-1).flatten(0, 1), 1, generator=generator).view(logits.shape[:-1])
+        rewards = bandit.pull(contexts, actions, generator)
+        everything = torch.ones_like(rewards[0])
+        advantages = torch.stack([masked_whiten(run, everything) for run in rewards])
+        return Batch(contexts, actions, advantages, token_log_probs(logits, actions), logits)
+
+
+def minibatches(batch: Batch, count: int, generator: torch.Generator) -> Iterator[Batch]:
+    """Cut a rollout into `count` random parts of equal size; one part is the rollout itself."""
+    if count == 1:
+        yield batch
+        return
+    order = torch.randperm(batch.actions.shape[1], generator=generator)
+    for index in order.chunk(count):
+        yield Batch(*(field[:, index] for field in batch))
+
+
+def reinforce_update(policy: Tensor, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
+    """One gradient step on −mean(A·log π): right only while the policy is the one that sampled."""
+    log_probs = token_log_probs(policy_logits(policy, batch.contexts), batch.actions)
+    loss = policy_gradient_loss(log_probs, batch.advantages)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def ppo_clip_update(policy: Tensor, optimizer: torch.optim.Optimizer, batch: Batch, clip: float) -> None:
+    """One gradient step on the clipped objective; the ratio corrects for the policy having moved since the rollout."""
+    log_probs = token_log_probs(policy_logits(policy, batch.contexts), batch.actions)
+    loss = ppo_clip_loss(log_probs, batch.old_log_probs, batch.advantages, clip=clip).loss
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def ppo_penalty_update(policy: Tensor, optimizer: torch.optim.Optimizer, batch: Batch, coefficients: Tensor) -> None:
+    """One gradient step on −mean(ρ·A) + β·KL(π_old‖π), with one coefficient β a run, [R]."""
+    logits = policy_logits(policy, batch.contexts)
+    ratio = (token_log_probs(logits, batch.actions) - batch.old_log_probs).exp()
+    kl = exact_kl(batch.old_logits, logits).mean(-1)
+    loss = -(ratio * batch.advantages).mean() + (coefficients * kl).mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def trpo_update(policy: Tensor, batch: Batch, target_kl: float, backtracks: int = 10, damping: float = 1e-3) -> float:
+    """The longest natural-gradient step inside KL(π_old‖π) ≤ target_kl; one run: policy [1, K, d], changed in place.
+
+    Equation: eq:trpo-step
+
+    Solve F·x = g by conjugate gradients, scale x so that the quadratic model of the KL equals target_kl, then halve the
+    step until the true KL is inside and the surrogate has gone up.
+
+    Returns: the share of the full step that was taken, 0.0 if no step helped.
+    Source: Schulman et al. 2015, "Trust Region Policy Optimization", section 6 and appendix C.
+    """
+
+    def surrogate_and_kl() -> tuple[Tensor, Tensor]:
+        logits = policy_logits(policy, batch.contexts)
+        ratio = (token_log_probs(logits, batch.actions) - batch.old_log_probs).exp()
+        return (ratio * batch.advantages).mean(), exact_kl(batch.old_logits, logits).mean()
+
+    before, _ = surrogate_and_kl()
+    gradient = torch.autograd.grad(before, policy)[0].flatten()
+
+    def fisher(v: Tensor) -> Tensor:
+        return hessian_vector_product(lambda: surrogate_and_kl()[1], [policy], v, damping)
+
+    if not gradient.any():
+        return 0.0
+    direction = conjugate_gradient(fisher, gradient)
+    full_step = direction * (2 * target_kl / (direction @ fisher(direction))).sqrt()
+    start = policy.detach().clone()
+    with torch.no_grad():
+        for share in 0.5 ** torch.arange(backtracks, dtype=policy.dtype):
+            policy.copy_(start + share * full_step.view_as(policy))
+            after, kl = surrogate_and_kl()
+            if kl <= target_kl and after > before:
+                return share.item()
+        policy.copy_(start)
+    return 0.0
+
+
+def train(policy: Tensor, bandit: LinearBandit, config: Config) -> Iterator[Metrics]:
+    """Train linear softmax policies; the caller plots, logs and stops.
+
+    Args:
+        policy: [R, K, D], one policy a run, changed in place.
+        bandit: with weights [K, D].
+        config: the settings.
+    Yields: Metrics, one an iteration.
+    Raises: ValueError on a policy that does not fit the bandit, an unknown method, settings out of range.
+    """
+    _check(policy, bandit, config)
+    policy.requires_grad_()
+    optimizer = torch.optim.Adam([policy], lr=config.learning_rate)
+    controllers = [AdaptiveKLController(1.0, config.target_kl, config.batch_size) for _ in policy]
+    generator = torch.Generator().manual_seed(config.seed)
+    held_out = bandit.contexts(1000, generator=torch.Generator().manual_seed(HELD_OUT_SEED))
+    initial_logits = policy_logits(policy.detach().clone(), held_out)
+    for iteration in range(config.iterations):
+        batch = collect(policy, bandit, config.batch_size, generator)
+        norms = gradient_norms(policy, batch)
+        if config.method == "trpo":
+            trpo_updates(policy, batch, config.target_kl)
+        else:
+            coefficients = torch.tensor([c.coefficient for c in controllers], dtype=policy.dtype)
+            for _ in range(config.epochs):
+                for part in minibatches(batch, config.minibatches, generator):
+                    if config.method == "reinforce":
+                        reinforce_update(policy, optimizer, part)
+                    elif config.method == "ppo_clip":
+                        ppo_clip_update(policy, optimizer, part, config.clip)
+                    else:
+                        ppo_penalty_update(policy, optimizer, part, coefficients)
+        metrics = measure(policy, bandit, batch, config, held_out, initial_logits)
+        if config.method == "ppo_penalty":
+            for controller, kl in zip(controllers, metrics["step_kl"], strict=True):
+                controller.update(kl, config.batch_size)
+        yield Metrics(iteration, grad_norm=norms, **metrics)
+
+
+def gradient_norms(policy: Tensor, batch: Batch) -> Tensor:
+    """Length of each run's policy gradient on a fresh rollout: [R]. (All methods here share it: the ratio is 1.)"""
+    log_probs = token_log_probs(policy_logits(policy, batch.contexts), batch.actions)
+    loss = policy_gradient_loss(log_probs, batch.advantages) * len(policy)
+    (gradient,) = torch.autograd.grad(loss, policy)
+    return gradient.flatten(1).norm(dim=1)
+
+
+def trpo_updates(policy: Tensor, batch: Batch, target_kl: float) -> None:
+    """A TRPO step for every run by itself: each has its own Fisher matrix and its own line search."""
+    for run in range(len(policy)):
+        one = policy.detach()[run : run + 1].clone().requires_grad_()
+        trpo_update(one, Batch(*(field[run : run + 1] for field in batch)), target_kl)
+        with torch.no_grad():
+            policy[run] = one[0]
+
+
+@torch.no_grad()
+def measure(
+    policy: Tensor, bandit: LinearBandit, batch: Batch, config: Config, held_out: Tensor, initial_logits: Tensor
+) -> dict[str, Tensor]:
+    """What Metrics holds, but for the gradient norm: exact values on held-out contexts, diagnostics on the rollout."""
+    logits = policy_logits(policy, held_out)
+    rollout_logits = policy_logits(policy, batch.contexts)
+    log_probs = token_log_probs(rollout_logits, batch.actions)
+    clip = config.clip if config.method == "ppo_clip" else math.inf
+    runs = zip(log_probs, batch.old_log_probs, batch.advantages, strict=True)
+    losses = [ppo_clip_loss(*run, clip=clip) for run in runs]
+    return {
+        "reward": bandit.expected_reward(logits, held_out).mean(-1),
+        "kl": exact_kl(logits, initial_logits).mean(-1),
+        "entropy": entropy(logits).mean(-1),
+        "clip_fraction": torch.stack([one.clip_fraction for one in losses]),
+        "approx_kl": torch.stack([one.approx_kl for one in losses]),
+        "step_kl": exact_kl(batch.old_logits, rollout_logits).mean(-1),
+    }
+
+
+def _check(policy: Tensor, bandit: LinearBandit, config: Config) -> None:
+    if policy.dim() != 3 or policy.shape[1:] != bandit.weights.shape:
+        raise ValueError(f"policy has shape {tuple(policy.shape)}; pass [runs, {list(bandit.weights.shape)}]")
+    one_of(config.method, METHODS, "method")
+    in_range(config.iterations, "iterations", 1)
+    in_range(config.batch_size, "batch_size", 2)
+    in_range(config.epochs, "epochs", 1)
+    in_range(config.learning_rate, "learning_rate", 0.0, open_low=True)
+    in_range(config.target_kl, "target_kl", 0.0, open_low=True)
+    if config.minibatches < 1 or config.batch_size % config.minibatches:
+        raise ValueError(f"minibatches={config.minibatches} must divide batch_size={config.batch_size}")

@@ -1,0 +1,98 @@
+"""REINFORCE on a Gaussian bandit: the policy gradient in its barest form, many independent runs at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf_helpers._validate import in_range, one_of
+from rlhf_helpers.advantages import leave_one_out_advantages
+from rlhf_helpers.losses import policy_gradient_loss
+from rlhf_helpers.worlds.bandits import GaussianBandit
+
+BASELINES = ("none", "running_mean", "leave_one_out")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of a run.
+
+    Args:
+        steps: updates.
+        batch_size: pulls an update; "leave_one_out" needs at least 2.
+        learning_rate: of plain gradient ascent on the logits.
+        baseline: what is subtracted from a reward: "none", "running_mean" (of all rewards before this batch) or
+            "leave_one_out" (the mean of the other rewards of the batch).
+        seed: of the actions and the noise.
+    """
+
+    steps: int = 1000
+    batch_size: int = 1
+    learning_rate: float = 0.1
+    baseline: str = "running_mean"
+    seed: int = 0
+
+
+class Metrics(NamedTuple):
+    """One update of R runs with N pulls each. `expected_reward` is exact and belongs to the policy that pulled."""
+
+    step: int
+    actions: Tensor  # [R, N]
+    rewards: Tensor  # [R, N]
+    expected_reward: Tensor  # [R]
+
+
+def update(logits: Tensor, actions: Tensor, advantages: Tensor, learning_rate: float) -> None:
+    """One step of gradient ascent on the logits [R, K], in place, from actions and advantages [R, N]."""
+    log_probs = logits.log_softmax(-1).gather(-1, actions)
+    # the loss is a mean over all runs; a run on its own would see R times that gradient
+    loss = policy_gradient_loss(log_probs, advantages) * len(logits)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    with torch.no_grad():
+        logits -= learning_rate * gradient
+
+
+def train(logits: Tensor, bandit: GaussianBandit, config: Config) -> Iterator[Metrics]:
+    """Train softmax policies by REINFORCE; the caller plots, logs and stops.
+
+    Args:
+        logits: [R, K], one policy a run, changed in place.
+        bandit: with means [K] or [R, K].
+        config: the settings.
+    Yields: Metrics, one an update.
+    Raises: ValueError on logits that are not [R, K], an unknown baseline, a batch too small for it.
+    """
+    _check(logits, bandit, config)
+    logits.requires_grad_()
+    generator = torch.Generator().manual_seed(config.seed)
+    means = bandit.means.expand_as(logits)
+    bandit = GaussianBandit(means, bandit.noise_std)
+    reward_sum = torch.zeros_like(means[:, :1])
+    for step in range(config.steps):
+        probs = logits.detach().softmax(-1)
+        expected = (probs * means).sum(-1)
+        actions = torch.multinomial(probs, config.batch_size, replacement=True, generator=generator)
+        rewards = bandit.pull(actions, generator)
+        if config.baseline == "leave_one_out":
+            advantages = leave_one_out_advantages(rewards.flatten(), config.batch_size).view_as(rewards)
+        elif config.baseline == "running_mean":
+            advantages = rewards - reward_sum / max(1, step * config.batch_size)
+        else:
+            advantages = rewards
+        update(logits, actions, advantages, config.learning_rate)
+        reward_sum = reward_sum + rewards.sum(-1, keepdim=True)
+        yield Metrics(step, actions, rewards, expected)
+
+
+def _check(logits: Tensor, bandit: GaussianBandit, config: Config) -> None:
+    if logits.dim() != 2 or logits.shape[-1] != bandit.means.shape[-1]:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}; pass [runs, {bandit.means.shape[-1]} arms]")
+    if bandit.means.dim() == 2 and len(bandit.means) != len(logits):
+        raise ValueError(f"bandit has {len(bandit.means)} rows of means, logits {len(logits)} runs; make them equal")
+    one_of(config.baseline, BASELINES, "baseline")
+    in_range(config.batch_size, "batch_size", 2 if config.baseline == "leave_one_out" else 1)
+    in_range(config.learning_rate, "learning_rate", 0.0, open_low=True)

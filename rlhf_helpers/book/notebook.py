@@ -1,0 +1,64 @@
+"""The first, the last and the spoken cells of a notebook."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from importlib import resources
+
+from IPython import get_ipython
+from IPython.display import Markdown, display
+
+from rlhf_helpers import settings
+from rlhf_helpers.book import plots
+
+
+def setup(chapter: str) -> settings.Settings:
+    """Prepare a notebook: figure style, quiet warnings; prints scale, device, and recorded time and memory.
+
+    Args:
+        chapter: the notebook's name without ending, e.g. "01_bandit".
+    Returns: the settings of the scale in use.
+    """
+    warnings.filterwarnings("ignore", message="IProgress not found")
+    plots.use_style()
+    shell = get_ipython()
+    if shell is not None:
+        shell.run_line_magic("config", "InlineBackend.figure_format = 'retina'")
+    chosen = settings.load()
+    print(f"scale {chosen.scale} · device {chosen.device} · {recorded(chapter, chosen.scale)}")
+    return chosen
+
+
+def recorded(chapter: str, scale: str) -> str:
+    """What a run of this chapter was measured to need at this scale, in words."""
+    text = resources.files("rlhf_helpers").joinpath("assets/measured.json").read_text(encoding="utf-8")
+    one = json.loads(text).get(chapter, {}).get(scale)
+    if one is None:
+        return "time and memory not yet measured"
+    return f"recorded: up to {one['seconds']} s and {one['memory_mib']} MiB on a {one['device']}"
+
+
+def say(sentence: str) -> None:
+    """Display a sentence that carries numbers of this run, as Markdown."""
+    display(Markdown(sentence))
+
+
+def claims(*rows: tuple[str, float, float, float]) -> None:
+    """Print each claim with this run's number and the band it must lie in.
+
+    At scale tiny a number outside its band is an error, so that a claim that stops being true stops the notebook. The
+    bands belong to that scale: at any other they are printed and nothing is raised.
+
+    Args:
+        rows: (claim, value, low, high), low and high included.
+    Raises: AssertionError at scale tiny, naming the claims that failed.
+    """
+    failed = []
+    for claim, value, low, high in rows:
+        holds = low <= float(value) <= high
+        print(f"{'✓' if holds else '✗'} {claim}: {float(value):.3g} (band {low:g} to {high:g})")
+        if not holds:
+            failed.append(claim)
+    if failed and settings.load().scale == "tiny":
+        raise AssertionError("this run does not show: " + "; ".join(failed))

@@ -1,0 +1,143 @@
+"""Figures of the book: one look, the same colour for the same method everywhere, bands over independent runs.
+
+Colours are those of Okabe and Ito, which people with colour-blindness can tell apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy import stats
+from torch import Tensor
+
+BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+YELLOW, BLUE, VERMILION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
+GREY = "#777777"
+
+COLOURS = {
+    "optimum": BLACK,
+    "reinforce": BLUE,
+    "no baseline": VERMILION,
+    "ppo_clip": ORANGE,
+    "no clipping": VERMILION,
+    "ppo_penalty": PURPLE,
+    "trpo": GREEN,
+    "epsilon_greedy": SKY,
+    "ucb": PURPLE,
+}
+
+PANEL = (
+    ("reward", "reward"),
+    ("kl", "KL from start (nats)"),
+    ("entropy", "entropy (nats)"),
+    ("clip_fraction", "clip fraction"),
+    ("approx_kl", "approx. KL (nats)"),
+    ("grad_norm", "gradient norm"),
+    ("length", "length (tokens)"),
+)
+
+
+def use_style() -> None:
+    """Set the look of every figure that follows."""
+    plt.rcParams.update(
+        {
+            "figure.figsize": (6.4, 3.6),
+            "figure.constrained_layout.use": True,
+            "figure.facecolor": "white",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlesize": 11,
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
+            "axes.labelsize": 10,
+            "axes.grid": True,
+            "grid.color": "#dddddd",
+            "grid.linewidth": 0.6,
+            "legend.frameon": False,
+            "legend.fontsize": 9,
+            "lines.linewidth": 1.8,
+        }
+    )
+
+
+def interval(runs: Tensor | np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean over runs and its Student-t interval: runs [R, T] -> (mean, low, high), each [T].
+
+    Raises: ValueError with fewer than three runs.
+    """
+    runs = np.asarray(runs, dtype=float)
+    if len(runs) < 3:
+        raise ValueError(f"runs holds {len(runs)} runs; an interval needs three or more")
+    mean = runs.mean(0)
+    half = stats.t.ppf(0.5 + level / 2, len(runs) - 1) * runs.std(0, ddof=1) / np.sqrt(len(runs))
+    return mean, mean - half, mean + half
+
+
+def band(
+    ax: Axes, x: Sequence[float], runs: Tensor | np.ndarray, colour: str, label: str | None = None, faint: int = 10
+) -> None:
+    """Draw the mean of runs [R, T] strong, its 95 % interval as a band, and up to `faint` single runs behind."""
+    runs = np.asarray(runs, dtype=float)
+    mean, low, high = interval(runs)
+    for run in runs[:faint]:
+        ax.plot(x, run, color=colour, alpha=0.12, linewidth=0.7, zorder=1)
+    ax.fill_between(x, low, high, color=colour, alpha=0.25, linewidth=0, zorder=2)
+    ax.plot(x, mean, color=colour, label=label, zorder=3)
+
+
+def optimum(ax: Axes, value: float, text: str = "optimum") -> None:
+    """Draw the best possible value as a dashed line with its number."""
+    ax.axhline(value, color=COLOURS["optimum"], linestyle="--", linewidth=1.2, zorder=2)
+    ax.annotate(
+        f"{text} {value:.2f}",
+        (0.01, value),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 3),
+        textcoords="offset points",
+        fontsize=9,
+    )
+
+
+def label_line(ax: Axes, x: float, y: float, text: str, colour: str, offset: tuple[float, float] = (6, 0)) -> None:
+    """Write a line's name beside its point (x, y), in its colour; `offset` in points."""
+    ax.annotate(text, (x, y), xytext=offset, textcoords="offset points", color=colour, va="center", fontsize=9)
+
+
+def finish(ax: Axes, title: str, xlabel: str, ylabel: str) -> None:
+    """Title that states the message, and axes with their units."""
+    ax.set_title(title)
+    ax.set_xlabel(xlabel)
+    ax.set_ylabel(ylabel)
+
+
+def diagnostics(histories: dict[str, Sequence], colours: dict[str, str], xlabel: str = "iteration") -> Figure:
+    """The panel that goes with every training run: one small plot a quantity, one colour a method.
+
+    Args:
+        histories: method -> its Metrics, one an iteration; every field of the panel that they have is drawn.
+        colours: method -> colour.
+        xlabel: what one Metrics stands for.
+    """
+    first = next(iter(histories.values()))[0]
+    fields = [(name, label) for name, label in PANEL if hasattr(first, name)]
+    columns = 3
+    rows = -(-len(fields) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(6.4, 1.8 * rows), sharex=True, squeeze=False)
+    for ax, (name, label) in zip(axes.flat, fields, strict=False):
+        for method, history in histories.items():
+            runs = torch.stack([getattr(one, name) for one in history], dim=1)
+            band(ax, range(1, len(history) + 1), runs, colours[method], label=method, faint=0)
+        ax.set_title(label, fontsize=9, fontweight="normal")
+        ax.tick_params(labelsize=8)
+    for ax in axes.flat[len(fields) :]:
+        ax.axis("off")
+    for ax in axes[-1]:
+        ax.set_xlabel(xlabel, fontsize=9)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
+    return figure

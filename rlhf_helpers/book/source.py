@@ -1,0 +1,23 @@
+"""Print the package's own code in a notebook, so that what is read is what is tested."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+
+from IPython.display import Markdown, display
+
+
+def show_source(*objects: Callable | type) -> None:
+    """Display the source of functions or classes of the package, each under the file it stands in.
+
+    Raises: ValueError if something is not from this package: only its code is tested here.
+    """
+    root = Path(__file__).parents[2]
+    for thing in objects:
+        module = getattr(thing, "__module__", None) or ""
+        if not module.startswith("rlhf_helpers"):
+            raise ValueError(f"{thing!r} is not part of rlhf_helpers; show_source prints only the tested package")
+        path = Path(inspect.getsourcefile(thing)).relative_to(root)
+        display(Markdown(f"`{path.as_posix()}`\n\n```python\n{inspect.getsource(thing).rstrip()}\n```"))

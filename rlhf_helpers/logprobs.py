@@ -1,0 +1,142 @@
+"""Log-probabilities, entropy, and the masked statistics that every loss is built from.
+
+Log-probabilities are in nats. In a mask, 1 or True means that the entry counts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from rlhf_helpers._validate import as_mask, in_range
+
+# Logits that are upcast, divided by the temperature and exponentiated at a time: 4 MiB in float32.
+_CHUNK_LOGITS = 2**20
+
+
+def token_log_probs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-probability of each given token under softmax(logits / temperature).
+
+    Equation: eq:token-log-probs
+
+    The logit of the token minus the log-sum-exp of its row, a few positions at a time: no second [N, T, V] tensor is
+    built in the forward pass. Half-precision logits are computed in float32.
+
+    Args:
+        logits: [N, T, V] (any leading shape works). The row at t predicts tokens[..., t].
+        tokens: [N, T], integers in [0, V).
+        temperature: > 0; the softmax is that of logits / temperature.
+    Returns: [N, T], nats; float32 or, for float64 logits, float64.
+    Raises: ValueError on unequal leading shapes, a token outside the vocabulary, temperature ≤ 0.
+    Source: the definition of the softmax.
+    """
+    in_range(temperature, "temperature", 0.0, open_low=True)
+    if logits.shape[:-1] != tokens.shape:
+        raise ValueError(
+            f"tokens has shape {tuple(tokens.shape)}, logits {tuple(logits.shape)}; "
+            "tokens must have the shape of logits without the vocabulary"
+        )
+    if tokens.is_floating_point() or tokens.dtype == torch.bool:
+        raise ValueError(f"tokens has dtype {tokens.dtype}; pass integers, e.g. tokens.long()")
+    vocabulary = logits.shape[-1]
+    if tokens.numel() and (tokens.min() < 0 or tokens.max() >= vocabulary):
+        raise ValueError(f"tokens holds an index outside [0, {vocabulary}), the vocabulary of logits")
+    # a view of [sequences, positions, V], cut along both so that every piece stays a view of the logits
+    shape = (1,) * (3 - logits.dim()) + logits.shape if logits.dim() < 3 else (-1, *logits.shape[-2:])
+    logits, columns = logits.reshape(shape), tokens.reshape(shape[:-1])
+    rows = max(1, _CHUNK_LOGITS // vocabulary)
+    sequences = max(1, min(len(logits), rows))
+    blocks = zip(logits.split(sequences), columns.split(sequences), strict=True)
+    return torch.cat([_block_log_probs(*block, rows // sequences, temperature) for block in blocks]).view(tokens.shape)
+
+
+def _block_log_probs(logits: Tensor, tokens: Tensor, positions: int, temperature: float) -> Tensor:
+    upcast = logits.dtype in (torch.float16, torch.bfloat16)
+
+    def piece_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
+        scaled = logits.float() if upcast else logits
+        if temperature != 1.0:
+            scaled = scaled / temperature
+        return scaled.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - scaled.logsumexp(-1)
+
+    pieces = zip(logits.split(positions, dim=1), tokens.split(positions, dim=1), strict=True)
+    if logits.requires_grad and (upcast or temperature != 1.0):
+        # autograd would keep every scaled piece, together a second [N, T, V]; scale it again in the backward pass
+        kept = [checkpoint(piece_log_probs, *p, use_reentrant=False, preserve_rng_state=False) for p in pieces]
+        return torch.cat(kept, dim=1)
+    return torch.cat([piece_log_probs(*piece) for piece in pieces], dim=1)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Entropy of softmax(logits) at each position, over the whole vocabulary.
+
+    Equation: eq:entropy
+
+    A logit of −inf is a token of probability zero and adds nothing.
+
+    Args:
+        logits: [N, T, V] (any leading shape works); divide by the temperature first if you sample with one.
+    Returns: [N, T], nats, in [0, log V].
+    Raises: ValueError if logits is a scalar or has no vocabulary.
+    Source: Shannon 1948, "A Mathematical Theory of Communication", section 6.
+    """
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}; the last dimension must be the vocabulary")
+    log_probs = logits.log_softmax(-1)
+    probs = log_probs.exp()
+    # 0 · (−inf) is NaN where the limit is 0
+    return -(probs * log_probs.masked_fill(probs == 0, 0.0)).sum(-1)
+
+
+def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """Mean over the entries that count.
+
+    Equation: eq:masked-mean
+
+    What stands under the mask never reaches the result or the gradient, NaN included.
+
+    Args:
+        values: any shape.
+        mask: the same shape; 1 or True counts.
+        dim: the dimension to average over; None means all.
+    Returns: a scalar, or `values` without `dim`.
+    Raises: ValueError on unequal shapes, or if no entry counts (with `dim`, in any slice).
+    Source: the definition of the mean.
+    """
+    mask = as_mask(mask, values)
+    kept = values.masked_fill(~mask, 0.0)
+    if dim is None:
+        return kept.sum() / mask.sum()
+    counts = mask.sum(dim)
+    if (counts == 0).any():
+        raise ValueError(f"mask is empty along dim={dim} for at least one slice; drop that slice or average over all")
+    return kept.sum(dim) / counts
+
+
+def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
+    """Scale the entries that count to unit variance, and (by default) shift them to mean zero.
+
+    Equation: eq:masked-whiten
+
+    Args:
+        values: any shape, e.g. advantages [N, T].
+        mask: the same shape; 1 or True counts.
+        shift_mean: False scales the spread and keeps the mean, as is done for rewards.
+        eps: added to the variance.
+    Returns: the shape of `values`; 0 where the mask is 0.
+    Raises: ValueError on unequal shapes or fewer than two entries that count (no variance exists).
+    Source: Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO", detail on whitening; the variance is
+        the unbiased one (n − 1).
+    """
+    mask = as_mask(mask, values)
+    count = mask.sum()
+    if count < 2:
+        raise ValueError("mask counts one entry; a variance needs at least two")
+    mean = masked_mean(values, mask)
+    centred = (values - mean).masked_fill(~mask, 0.0)
+    variance = centred.square().sum() / (count - 1)
+    whitened = centred * torch.rsqrt(variance + eps)
+    if not shift_mean:
+        whitened = whitened + mean
+    return whitened.masked_fill(~mask, 0.0)

@@ -1,0 +1,1 @@
+"""Where rewards come from: small seeded worlds whose optimum is known."""

@@ -1,0 +1,122 @@
+"""Every notebook keeps the conventions a reader relies on, here, in Colab and on GitHub."""
+
+import re
+import statistics
+
+import nbformat
+import nbrun
+import pytest
+import set_repo
+import yaml
+
+NOTEBOOKS = nbrun.find_notebooks()
+ELSEWHERE = re.compile(r"(?<![\w.:/~-])/(?:home|root|tmp|private|Users|mnt|srv|work|workspace)/\w|[A-Z]:\\\\Users")
+
+pytestmark = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(path):
+    return [cell for cell in read(path).cells if cell.cell_type == "code"]
+
+
+def lines_of(cell):
+    return [line for line in cell.source.splitlines() if line.strip()]
+
+
+def figures(cell):
+    return [output for output in cell.outputs if "image/png" in output.get("data", {})]
+
+
+def test_it_is_in_the_table_of_contents(path):
+    contents = yaml.safe_load((nbrun.ROOT / "_toc.yml").read_text())
+    assert f"notebooks/{path.stem}" in str(contents)
+
+
+def test_code_cells_are_short(path):
+    lengths = [len(lines_of(cell)) for cell in code_cells(path)]
+    assert statistics.median(lengths) <= 8
+    assert max(lengths) <= 25
+
+
+def test_it_was_run_once_from_top_to_bottom(path):
+    counts = [cell.execution_count for cell in code_cells(path)]
+    assert counts == list(range(1, len(counts) + 1))
+
+
+def test_no_error_is_stored(path):
+    for cell in code_cells(path):
+        if "raises-exception" not in cell.metadata.get("tags", []):
+            assert not [output.ename for output in cell.outputs if output.output_type == "error"]
+
+
+def test_it_has_three_figures_and_each_says_what_it_shows(path):
+    drawing = [cell for cell in code_cells(path) if figures(cell)]
+    assert sum(len(figures(cell)) for cell in drawing) >= 3
+    for cell in drawing:
+        alt = cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")
+        assert len(alt.split()) >= 4, cell.source
+        assert not re.search(r"\d\.\d", alt), "numbers stand in the generated sentence, not in the alt text"
+
+
+def test_its_length_is_that_of_a_chapter(path):
+    words = sum(len(cell.source.split()) for cell in read(path).cells if cell.cell_type == "markdown")
+    assert 1800 <= words <= 4400
+
+
+def test_no_path_of_a_machine_is_stored(path):
+    text = path.read_text(encoding="utf-8")
+    assert str(nbrun.ROOT) not in text
+    for cell in read(path).cells:
+        shown = [str({**output, "data": {k: v for k, v in output.get("data", {}).items() if "image" not in k}})
+                 for output in cell.get("outputs", [])]
+        assert not ELSEWHERE.search("\n".join([cell.source, *shown])), cell.source
+
+
+def test_the_first_cell_links_to_colab_in_words(path):
+    first = read(path).cells[0]
+    assert first.cell_type == "markdown"
+    assert first.source.startswith("# ")
+    assert f"[Open in Colab]({set_repo.colab_url(path.stem)})" in first.source
+
+
+def test_the_set_up_cell_installs_on_colab_only(path):
+    source = code_cells(path)[0].source
+    install = f'%pip install -q "git+{set_repo.repository()["url"]}"'
+    assert re.search(rf'^if "google\.colab" in sys\.modules:\n    {re.escape(install)}$', source, re.M)
+
+
+def test_nothing_is_asked_from_another_host(path):
+    markdown = [cell.source for cell in read(path).cells if cell.cell_type == "markdown"]
+    assert not re.search(r"!\[[^\]]*\]\(https?:|<(?:img|script|iframe)\b[^>]*https?:", "\n".join(markdown))
+
+
+def test_no_line_ends_in_a_semicolon(path):
+    # The regression test runs cells without history, where a trailing semicolon hides nothing.
+    assert not [line for cell in code_cells(path) for line in lines_of(cell) if line.rstrip().endswith(";")]
+
+
+def test_it_needs_no_widgets(path):
+    assert "widgets" not in read(path).metadata
+    for cell in code_cells(path):
+        assert "ipywidgets" not in cell.source
+        kinds = {kind for output in cell.outputs for kind in output.get("data", {})}
+        assert not [kind for kind in kinds if "widget" in kind]
+
+
+def test_the_kernel_is_the_one_every_machine_has(path):
+    assert read(path).metadata["kernelspec"]["name"] == "python3"
+
+
+def test_most_cells_are_compared(path):
+    cells = code_cells(path)
+    ignored = [cell for cell in cells if {"nbval-ignore-output", "nbval-skip"} & set(cell.metadata.get("tags", []))]
+    assert len(ignored) < len(cells) / 2
+
+
+def test_no_myst_only_syntax(path):
+    markdown = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
+    assert not re.search(r"^:::|^```\{|(?<!\$)\{[a-z:]+\}`", markdown, re.M)

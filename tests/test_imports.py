@@ -1,0 +1,74 @@
+"""Imports go one way, and the package says in pyproject.toml what it needs."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tomllib
+
+ROOT = Path(__file__).resolve().parents[1]
+MATHEMATICS = {"logprobs", "kl", "advantages", "losses", "trust_region"}
+# A module may import its own layer and those below.
+LAYERS = [
+    MATHEMATICS,
+    {"settings", "checkpoint"},
+    {"models", "rollout", "worlds"},
+    {"preferences", "rewards"},
+    {"algorithms"},
+    {"book"},
+]
+MODULES = sorted((ROOT / "rlhf_helpers").rglob("*.py"))
+
+
+def imported(path):
+    """Full names of the modules that a file imports anywhere."""
+    package = ".".join(path.relative_to(ROOT).parts[:-1])
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package if node.level else node.module
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def part(module):
+    """The file or folder of the package that a module belongs to: rlhf_helpers.worlds.mdp is in worlds."""
+    return [*module.split("."), ""][1]
+
+
+def layer(name):
+    # What validates arguments lies under everything; a name that stands nowhere has to be given its place above.
+    if name.startswith("_"):
+        return 0
+    return next(i for i, names in enumerate(LAYERS) if name in names)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_one_way(path):
+    own = part(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    known = {name for names in LAYERS for name in names} | {p.stem for p in MODULES if p.stem.startswith("_")}
+    if own == "__init__":
+        return
+    for module in imported(path):
+        if module.startswith("rlhf_helpers.") and part(module) in known:
+            assert layer(part(module)) <= layer(own), f"{path.name} imports {module}"
+    if own in MATHEMATICS or own.startswith("_"):
+        outside = {module.split(".")[0] for module in imported(path)} - set(sys.stdlib_module_names)
+        assert outside <= {"torch", "rlhf_helpers"}
+
+
+def test_importing_the_package_loads_no_framework():
+    code = "import sys, rlhf_helpers; sys.exit(bool({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_every_import_is_a_declared_dependency():
+    needs = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    declared = {re.match(r"[\w-]+", need)[0].lower() for need in needs}
+    outside = {module.split(".")[0] for path in MODULES for module in imported(path)}
+    assert {name.lower() for name in outside - set(sys.stdlib_module_names) - {"rlhf_helpers"}} <= declared
+    assert all(re.fullmatch(r"[\w-]+>=[\d.]+", need) for need in needs), "lower bounds only"

@@ -1,0 +1,63 @@
+"""Run one notebook from top to bottom: what `make book`, `make refresh` and `make bench` share."""
+
+import re
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+LANGUAGE = {"file_extension": ".py", "mimetype": "text/x-python", "name": "python", "pygments_lexer": "ipython3"}
+# On Linux getrusage counts the peak of the process that started the kernel too, so the kernel's own record comes first.
+PEAK_MEMORY = """
+import os, re, resource
+if os.path.exists("/proc/self/status"):
+    print(int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 2**10)
+else:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+
+
+def find_notebooks(root=ROOT):
+    return sorted((Path(root) / "notebooks").glob("*.ipynb"))
+
+
+def execute(path):
+    """Return (executed notebook, seconds, peak MiB of its kernel); the file itself is left alone."""
+    nb = nbformat.read(path, as_version=4)
+    # A last cell asks the kernel for its own peak, which is gone once the kernel has stopped.
+    nb.cells.append(nbformat.v4.new_code_cell(PEAK_MEMORY))
+    client = NotebookClient(
+        nb,
+        timeout=1200,
+        kernel_name="python3",
+        record_timing=False,
+        coalesce_streams=True,
+        resources={"metadata": {"path": str(Path(path).parent)}},
+    )
+    start = time.perf_counter()
+    client.execute()
+    seconds = time.perf_counter() - start
+    peak = float(nb.cells.pop().outputs[0]["text"])
+    return nb, seconds, peak
+
+
+def normalise(nb):
+    """Drop what differs between two equal runs, so that storing outputs again gives no diff."""
+    nb.metadata["kernelspec"] = KERNELSPEC
+    nb.metadata["language_info"] = LANGUAGE
+    for cell in nb.cells:
+        for key in ("execution", "collapsed", "scrolled"):
+            cell.metadata.pop(key, None)
+        for output in cell.get("outputs", []):
+            plain = output.get("data", {}).get("text/plain")
+            if plain:
+                output["data"]["text/plain"] = re.sub(r"0x[0-9a-f]{8,}", "0x0", plain)
+    nbformat.validate(nb)
+    return nb
+
+
+def write(nb, path):
+    Path(path).write_text(nbformat.writes(nb, indent=1) + "\n", encoding="utf-8")

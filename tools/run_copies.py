@@ -1,0 +1,43 @@
+"""Execute a copy of every notebook under _build/run, beside copies of the prose, so that a book can be built there."""
+
+import os
+import shutil
+import sys
+
+import nbrun
+from nbclient.exceptions import CellExecutionError
+
+
+def copy_sources(root, target):
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    for name in ("_config.yml", "_toc.yml"):
+        shutil.copy(root / name, target)
+    for name in ("book", "notebooks", "results"):
+        if (root / name).is_dir():
+            ignore = shutil.ignore_patterns(".ipynb_checkpoints", "__pycache__")
+            shutil.copytree(root / name, target / name, ignore=ignore)
+
+
+def main(root=nbrun.ROOT):
+    os.environ["RLHF_SCALE"] = "tiny"
+    target = root / "_build" / "run"
+    copy_sources(root, target)
+    total = 0.0
+    for path in nbrun.find_notebooks(target):
+        print(f"{path.stem:<32}", end="", flush=True)
+        try:
+            nb, seconds, _ = nbrun.execute(path)
+        except CellExecutionError as error:
+            print("failed")
+            print(error, file=sys.stderr)
+            return 1
+        nbrun.write(nbrun.normalise(nb), path)
+        total += seconds
+        print(f"{seconds:6.1f} s", flush=True)
+    print(f"{'all notebooks':<32}{total:6.1f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

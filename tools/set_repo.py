@@ -1,0 +1,61 @@
+"""Set the repository's address everywhere it is written.  usage: set_repo.py owner/name
+
+_config.yml (repository.url) is its home; badges, links and install cells repeat it and are held to it by a test.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = ["_config.yml", "README.md", "pyproject.toml", ".ci/*", ".github/workflows/*.yml", "book/*.md", "book/*.bib",
+         "notebooks/*.ipynb", "rlhf_helpers/**/*.py"]
+
+
+def repository(root=ROOT):
+    return yaml.safe_load((root / "_config.yml").read_text(encoding="utf-8"))["repository"]
+
+
+def name_of(root=ROOT):
+    return repository(root)["url"].removeprefix("https://github.com/")
+
+
+def source_url(root=ROOT):
+    settings = repository(root)
+    return f"{settings['url']}/blob/{settings['branch']}"
+
+
+def colab_url(notebook, root=ROOT):
+    path = f"{name_of(root)}/blob/{repository(root)['branch']}/notebooks/{notebook}.ipynb"
+    return f"https://colab.research.google.com/github/{path}"
+
+
+def pages_host(name):
+    owner, project = name.split("/")
+    return f"{owner.lower()}.github.io/{project}"
+
+
+def set_repository(new, root=ROOT):
+    """Rewrite the address in every file that holds it; return those files."""
+    if not re.fullmatch(r"[A-Za-z0-9-]+/[\w.-]+", new):
+        raise ValueError(f"{new!r} is not of the form owner/name")
+    old = name_of(root)
+    changed = []
+    for path in sorted(path for pattern in FILES for path in root.glob(pattern) if path.is_file()):
+        text = path.read_text(encoding="utf-8")
+        found = text.replace(pages_host(old), pages_host(new)).replace(old, new)
+        if found != text:
+            path.write_text(found, encoding="utf-8")
+            changed.append(path.relative_to(root))
+    return changed
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: make repo REPO=owner/name")
+    try:
+        print(*set_repository(sys.argv[1]), sep="\n")
+    except ValueError as error:
+        sys.exit(str(error))

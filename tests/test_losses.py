@@ -251,6 +251,14 @@ def test_clip_fraction_counts_only_tokens_whose_gradient_is_cut():
     assert float(result.clip_fraction) == pytest.approx(0.4)
 
 
+def test_clip_fraction_uses_each_side_of_an_asymmetric_range():
+    """Oracle: by hand: with clip 0.2 and clip_high 0.5, of (1.3, 0.7, 1.6) the last two are cut for A = (1, -1, 1)."""
+    log_ratios = torch.tensor([[1.3, 0.7, 1.6]], dtype=torch.float64).log()
+    advantages = torch.tensor([[1.0, -1.0, 1.0]], dtype=torch.float64)
+    result = ppo_clip_loss(log_ratios, torch.zeros(1, 3).double(), advantages, clip=0.2, clip_high=0.5)
+    assert float(result.clip_fraction) == pytest.approx(2 / 3)
+
+
 def test_approximate_kl_is_the_masked_mean_of_r_minus_one_minus_log_r():
     """Oracle: a loop in Python floats over the unmasked tokens."""
     log_probs, old, advantages = ppo_batch()

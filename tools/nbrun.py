@@ -35,6 +35,7 @@ def execute(path):
         kernel_name="python3",
         record_timing=False,
         coalesce_streams=True,
+        extra_arguments=["--IPKernelApp.log_level=ERROR"],
         resources={"metadata": {"path": str(Path(path).parent)}},
     )
     start = time.perf_counter()

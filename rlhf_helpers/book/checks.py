@@ -14,7 +14,13 @@ from torch import Tensor
 Function = Callable[..., object]
 
 
-def judge(answer: Function, right: Function, cases: Sequence[tuple], mistakes: dict[str, Function]) -> None:
+def judge(
+    answer: Function,
+    right: Function,
+    cases: Sequence[tuple],
+    mistakes: dict[str, Function],
+    untouched: Function | None = None,
+) -> None:
     """Print the verdict on `answer`, a function that returns a number or tensor (or a tuple of them).
 
     Args:
@@ -22,6 +28,7 @@ def judge(answer: Function, right: Function, cases: Sequence[tuple], mistakes: d
         right: the right function.
         cases: arguments to call both with; each call gets fresh copies.
         mistakes: what to say -> the function that this mistake produces.
+        untouched: in an exercise to find a bug, the function with the bug.
     """
     try:
         given = [_numbers(answer(*_copies(case))) for case in cases]
@@ -36,6 +43,9 @@ def judge(answer: Function, right: Function, cases: Sequence[tuple], mistakes: d
     wanted = [_numbers(right(*_copies(case))) for case in cases]
     if _agree(given, wanted):
         print("Right.")
+        return
+    if untouched is not None and _agree(given, [_numbers(untouched(*_copies(case))) for case in cases]):
+        print("Not attempted: the bug is still there. Change the function, then run this cell again.")
         return
     for message, mistake in mistakes.items():
         if _agree(given, [_numbers(mistake(*_copies(case))) for case in cases]):
@@ -98,7 +108,211 @@ def _short(numbers: Tensor) -> str:
 # Chapter 01
 
 
+def check_bandit_gradient(answer: Function) -> None:
+    """Exercise 1.1: answer(probs [K], means [K]) -> exact gradient of the expected reward, [K]."""
+
+    def average(p: Tensor, m: Tensor) -> Tensor:
+        return (p * m).sum()
+
+    judge(
+        answer,
+        lambda p, m: p * (m - average(p, m)),
+        [(_f([0.5, 0.3, 0.2]), _f([1.0, 2.0, 0.0])), (_f([0.1, 0.9]), _f([-1.0, 4.0]))],
+        {
+            "the sign is turned round: an arm above your average must get a positive number.": lambda p, m: (
+                p * (average(p, m) - m)
+            ),
+            "these are the advantages; weigh each by how often its arm is played.": lambda p, m: m - average(p, m),
+            "nothing is subtracted: an arm's logit also takes probability from arms that pay.": lambda p, m: p * m,
+            "your average is the plain mean of the arms; weigh them by the probabilities.": lambda p, m: (
+                p * (m - m.mean())
+            ),
+        },
+    )
+
+
+def check_leave_one_out(answer: Function) -> None:
+    """Exercise 1.2: answer(rewards [N]) -> reward minus the mean of the others, [N]."""
+    judge(
+        answer,
+        lambda r: r - (r.sum() - r) / (len(r) - 1),
+        [(_f([1.0, 2.0, 6.0]),), (_f([0.0, 1.0, 0.0, 0.0, 5.0]),)],
+        {
+            "this subtracts the mean of all, which contains the reward itself.": lambda r: r - r.mean(),
+            "the others are one fewer than all: divide their sum by N − 1.": lambda r: r - (r.sum() - r) / len(r),
+            "this is the baseline; the advantage is the reward minus it.": lambda r: (r.sum() - r) / (len(r) - 1),
+        },
+    )
+
+
+def check_batch_mean_factor(answer: float | None) -> None:
+    """Exercise 1.3: the factor by which a batch-mean baseline shrinks the expected gradient, for N = 4."""
+    judge_number(
+        answer,
+        0.75,
+        {
+            "that would be unbiased, but this baseline contains the play's own reward; it depends on the action.": 1.0,
+            "that is the share of the reward itself in the mean; how much is left?": 0.25,
+            "that is the factor that would undo the shrinking.": 4 / 3,
+        },
+    )
+
+
+def check_policy_gradient_loss(answer: Function) -> None:
+    """Exercise 1.4: answer(logits [K], actions [N], advantages [N]) -> a loss; its gradient is compared."""
+    cases = [
+        (_f([0.2, -0.4, 1.0]), torch.tensor([0, 2, 2, 1]), _f([1.0, -0.5, 2.0, 0.3])),
+        (_f([0.0, 0.0]), torch.tensor([1, 0]), _f([1.0, 3.0])),
+    ]
+
+    def of_probs(logits: Tensor, actions: Tensor, advantages: Tensor) -> Tensor:
+        return -(advantages * logits.softmax(-1)[actions]).mean()
+
+    def right(logits: Tensor, actions: Tensor, advantages: Tensor) -> Tensor:
+        return -(advantages * logits.log_softmax(-1)[actions]).mean()
+
+    judge(
+        _gradient_of(answer),
+        _gradient_of(right),
+        cases,
+        {
+            "the sign is turned round: PyTorch minimises, so this unlearns.": _gradient_of(lambda *x: -right(*x)),
+            "the sum must be a mean, or the step grows with the batch.": _gradient_of(lambda *x: right(*x) * len(x[1])),
+        },
+        untouched=_gradient_of(of_probs),
+    )
+
+
+def _gradient_of(loss: Function) -> Function:
+    """The same arguments -> the gradient of the loss with respect to the first of them; None stays None."""
+
+    def gradient(first: Tensor, *rest: object) -> Tensor | None:
+        first = first.requires_grad_()
+        value = loss(first, *rest)
+        return None if value is None else torch.autograd.grad(value, first)[0]
+
+    return gradient
+
+
+def _f(values: list) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
 # Chapter 02
+
+
+def check_clipped_objective(answer: Function) -> None:
+    """Exercise 2.1: answer(ratio, advantage, clip) -> the clipped objective of one sample."""
+    ratios, advantages = (0.5, 0.9, 1.1, 1.5), (2.0, -1.0)
+    cases = [(ratio, advantage, 0.2) for advantage in advantages for ratio in ratios] + [(1.5, 1.0, 0.3)]
+
+    def clipped(ratio: float, clip: float) -> float:
+        return min(max(ratio, 1 - clip), 1 + clip)
+
+    def right(ratio: float, advantage: float, clip: float) -> float:
+        return min(ratio * advantage, clipped(ratio, clip) * advantage)
+
+    judge(
+        answer,
+        right,
+        cases,
+        {
+            "you take the larger of the two; the objective believes the worse one.": lambda r, a, clip: max(
+                r * a, clipped(r, clip) * a
+            ),
+            "the clipped term alone: it also stops the gradient where a wrong move needs repair.": lambda r, a, clip: (
+                clipped(r, clip) * a
+            ),
+            "the minimum is taken of the ratios, before the advantage; for a negative advantage the order turns round.": (
+                lambda r, a, clip: min(r, clipped(r, clip)) * a
+            ),
+            "this is the loss, to minimise; the objective has the other sign.": lambda *x: -right(*x),
+        },
+    )
+
+
+def check_four_slopes(answer: Function) -> None:
+    """Exercise 2.2: answer() -> the slopes in the ratio of the four cases, four numbers."""
+    judge(
+        answer,
+        lambda: (2.0, 0.0, -2.0, 0.0),
+        [()],
+        {
+            "case 1 is not clipped: the upper bound is 1.3 here, not 1.2.": lambda: (0.0, 0.0, -2.0, 0.0),
+            "case 2: a bad action that has become rare enough is flat; the clip does act on negative advantages.": lambda: (
+                (2.0, -1.0, -2.0, 0.0)
+            ),
+            "case 3: above the strip a negative advantage keeps its slope, so that the mistake is undone.": lambda: (
+                (2.0, 0.0, 0.0, 0.0)
+            ),
+            "case 4: a ratio of 4 is beyond c = 3, where the dual clip is flat.": lambda: (2.0, 0.0, -2.0, -1.0),
+            "the slope in the ratio is the advantage, not its sign.": lambda: (1.0, 0.0, -1.0, 0.0),
+        },
+    )
+
+
+def check_mended_loss(answer: Function) -> None:
+    """Exercise 2.3: answer(log_probs, old_log_probs, advantages, clip) -> the PPO loss; value and gradient are compared."""
+    old = _f([0.4, 0.4, 0.4, 0.4, 0.4]).log()
+    new = _f([0.2, 0.6, 0.2, 0.6, 0.44]).log()
+    cases = [(new, old, _f([1.0, 2.0, -1.0, -3.0, 1.5]), 0.2), (new, old, _f([-2.0, -1.0, 1.0, 0.5, -1.0]), 0.3)]
+
+    def loss(new: Tensor, old: Tensor, advantages: Tensor, clip: float, turned: bool = False, worse: bool = True) -> Tensor:
+        ratio = (old - new if turned else new - old).exp()
+        terms = -ratio * advantages, -ratio.clamp(1 - clip, 1 + clip) * advantages
+        return (torch.maximum(*terms) if worse else torch.minimum(*terms)).mean()
+
+    def with_gradient(function: Function) -> Function:
+        def both(new: Tensor, *rest: object) -> tuple | None:
+            value = function(new.requires_grad_(), *rest)
+            return None if value is None else (value, torch.autograd.grad(value, new)[0])
+
+        return both
+
+    judge(
+        with_gradient(answer),
+        with_gradient(loss),
+        cases,
+        {
+            "the ratio is still upside down: it is the new probability over the old one.": with_gradient(
+                lambda *x: loss(*x, turned=True)
+            ),
+            "the ratio is upside down, and the maximum was right: this is a loss.": with_gradient(
+                lambda *x: loss(*x, turned=True, worse=False)
+            ),
+            "the maximum was right: this is a loss, and the maximum of the negatives is minus the minimum.": with_gradient(
+                lambda *x: loss(*x, worse=False)
+            ),
+            "the sign was right: this is a loss, so it is minus the objective.": with_gradient(lambda *x: -loss(*x)),
+        },
+    )
+
+
+def check_effective_sample_size(answer: Function) -> None:
+    """Exercise 2.4: answer(log_ratios [N]) -> (Σρ)² / Σρ²."""
+    ratios = _f([0.5, 3.0, 1.0, 0.2])
+    cases = [(ratios.log(),), (torch.zeros(5, dtype=torch.float64),), (ratios.log() + 800.0,)]
+
+    def weights(log_ratios: Tensor) -> Tensor:
+        return (log_ratios - log_ratios.max()).exp()
+
+    judge(
+        answer,
+        lambda x: weights(x).sum() ** 2 / weights(x).square().sum(),
+        cases,
+        {
+            "right for small numbers, but the exponential of 800 overflows; subtract the largest logarithm first.": lambda x: (
+                x.exp().sum() ** 2 / x.exp().square().sum()
+            ),
+            "the squares are exchanged: square the sum above, sum the squares below.": lambda x: (
+                weights(x).square().sum() / weights(x).sum() ** 2
+            ),
+            "this is the share of the samples; multiply by N (or use sums instead of means).": lambda x: (
+                weights(x).mean() ** 2 / weights(x).square().mean()
+            ),
+            "the numbers you are given are logarithms; take the exponential.": lambda x: x.sum() ** 2 / x.square().sum(),
+        },
+    )
 
 
 # Chapter 03

@@ -6,6 +6,7 @@ import json
 import warnings
 from importlib import resources
 
+import torch
 from IPython import get_ipython
 from IPython.display import Markdown, display
 
@@ -21,6 +22,8 @@ def setup(chapter: str) -> settings.Settings:
     Returns: the settings of the scale in use.
     """
     warnings.filterwarnings("ignore", message="IProgress not found")
+    # tensors here are small: a second thread costs more than it brings, and can change the last digits
+    torch.set_num_threads(1)
     plots.use_style()
     shell = get_ipython()
     if shell is not None:

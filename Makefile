@@ -8,7 +8,8 @@ INSTALLED := $(VENV)/.installed
 .PHONY: help setup book html test lab refresh tables results bench repo clean
 
 # Builds $(1)/_build/html from the notebooks' stored outputs; pages of an earlier build never survive.
-build_pages = rm -rf $(1)/_build/html $(1)/_build/.doctrees && $(BIN)/jupyter-book build $(1) -W -n --keep-going -q
+# Warnings and errors come on the other channel; what is silenced is a banner.
+build_pages = rm -rf $(1)/_build/html $(1)/_build/.doctrees && $(BIN)/jupyter-book build $(1) -W -n --keep-going -q >/dev/null
 
 help: ## this list
 	@echo "RLHF by Experiment"

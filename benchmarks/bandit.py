@@ -34,7 +34,9 @@ def main():
     actions = torch.randint(10, (1, PULLS), generator=generator)
     loop = seconds(lambda: one_at_a_time(means, actions[0], generator), 3)
     batch = seconds(lambda: bandit.pull(actions, generator), 20)
-    print(f"{PULLS:,} pulls of a ten-armed bandit; {platform.processor() or platform.machine()}, {os.cpu_count()} cores")
+    print(
+        f"{PULLS:,} pulls of a ten-armed bandit; {platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    )
     print(f"{'one arm at a time':<20}{loop * 1e3:10.1f} ms")
     print(f"{'vectorised':<20}{batch * 1e3:10.2f} ms")
     print(f"{'ratio':<20}{loop / batch:10.0f} x   (goal: 20 or more)")

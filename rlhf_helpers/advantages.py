@@ -1,7 +1,7 @@
 """From rewards to advantages: how much better each action was than expected.
 
-Advantages and returns are targets: they never carry a gradient. The reward of a sequence sits on its last real token,
-and the value after the last real token is 0.
+Advantages and returns are targets: they never carry a gradient. The reward of a sequence sits on
+its last real token, and the value after the last real token is 0.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def discounted_returns(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Ten
         mask: [N, T]; 1 or True counts. What stands where it is 0 is ignored.
         gamma: discount, in [0, 1].
     Returns: [N, T]; 0 where the mask is 0.
-    Raises: ValueError on unequal shapes, an empty mask, a reward that counts and is not finite, gamma outside [0, 1].
+    Raises: ValueError on unequal shapes, an empty mask, a reward that counts and is not finite,
+        gamma outside [0, 1].
     Source: Sutton and Barto 2018, "Reinforcement Learning", equation 3.8.
     """
     in_range(gamma, "gamma", 0.0, 1.0)
@@ -44,8 +45,8 @@ def gae(
 
     Equation: eq:gae
 
-    λ = 0 is the one-step TD error (biased by the values, little variance); λ = 1 is the return minus the value
-    (unbiased, most variance).
+    λ = 0 is the one-step TD error (biased by the values, little variance); λ = 1 is the return
+    minus the value (unbiased, most variance).
 
     Args:
         rewards: [N, T].
@@ -53,9 +54,10 @@ def gae(
         mask: [N, T]; 1 or True counts. What stands where it is 0 is ignored.
         gamma: discount, in [0, 1].
         lam: λ, in [0, 1].
-    Returns: (advantages, returns), each [N, T], 0 where the mask is 0; returns = advantages + values.
-    Raises: ValueError on unequal shapes, an empty mask, a counted reward or value that is not finite, gamma or lam
-        outside [0, 1].
+    Returns: (advantages, returns), each [N, T], 0 where the mask is 0; returns = advantages +
+        values.
+    Raises: ValueError on unequal shapes, an empty mask, a counted reward or value that is not
+        finite, gamma or lam outside [0, 1].
     Source: Schulman et al. 2016, "High-Dimensional Continuous Control Using GAE", equation 16.
     """
     in_range(gamma, "gamma", 0.0, 1.0)
@@ -74,7 +76,8 @@ def gae(
 
 
 def _backward_sum(terms: Tensor, mask: Tensor, decay: float) -> Tensor:
-    """Σ_l decay^l · terms[t + l] along the last dimension, restarted and zero where the mask is 0."""
+    """Σ_l decay^l · terms[t + l] along the last dimension, restarted and zero where the mask is
+    0."""
     if terms.dim() != 2:
         raise ValueError(f"rewards has shape {tuple(terms.shape)}; pass [sequences, tokens]")
     sums = torch.zeros_like(terms)
@@ -86,22 +89,26 @@ def _backward_sum(terms: Tensor, mask: Tensor, decay: float) -> Tensor:
 
 
 @torch.no_grad()
-def group_relative_advantages(rewards: Tensor, group_size: int, scale: str = "group", eps: float = 1e-4) -> Tensor:
-    """Reward minus the mean of its group (the samples of one prompt), divided by a standard deviation.
+def group_relative_advantages(
+    rewards: Tensor, group_size: int, scale: str = "group", eps: float = 1e-4
+) -> Tensor:
+    """Reward minus the mean of its group (the samples of one prompt), divided by a standard
+    deviation.
 
     Equation: eq:group-advantages
 
     Args:
         rewards: [N], the samples of one prompt next to each other.
         group_size: samples per prompt; divides N.
-        scale: "group" divides by the group's standard deviation, "batch" by that of all raw rewards, "none" by 1.
-            Both are unbiased (n − 1). The mean that is subtracted is always the group's.
+        scale: "group" divides by the group's standard deviation, "batch" by that of all raw
+            rewards, "none" by 1. Both are unbiased (n − 1). The mean that is subtracted is always
+            the group's.
         eps: added to the standard deviation.
     Returns: [N]; exactly 0 in a group whose rewards are all equal.
-    Raises: ValueError on a shape other than [N], a group size that does not divide N or is below 2, an unknown scale,
-        a reward that is not finite.
-    Source: Shao et al. 2024, "DeepSeekMath", section 4.1.2; "none" is Liu et al. 2025, "Understanding R1-Zero-Like
-        Training", section 3.
+    Raises: ValueError on a shape other than [N], a group size that does not divide N or is below
+        2, an unknown scale, a reward that is not finite.
+    Source: Shao et al. 2024, "DeepSeekMath", section 4.1.2; "none" is Liu et al. 2025,
+        "Understanding R1-Zero-Like Training", section 3.
     """
     one_of(scale, ADVANTAGE_SCALES, "scale")
     grouped = _grouped(rewards, group_size)
@@ -122,14 +129,15 @@ def leave_one_out_advantages(rewards: Tensor, group_size: int) -> Tensor:
 
     Equation: eq:leave-one-out
 
-    The baseline of a sample does not contain the sample itself, so the policy gradient stays unbiased.
+    The baseline of a sample does not contain the sample itself, so the policy gradient stays
+    unbiased.
 
     Args:
         rewards: [N], the samples of one prompt next to each other.
         group_size: samples per prompt, at least 2; divides N.
     Returns: [N].
-    Raises: ValueError on a shape other than [N], a group size that does not divide N or is below 2, a reward that is
-        not finite.
+    Raises: ValueError on a shape other than [N], a group size that does not divide N or is below
+        2, a reward that is not finite.
     Source: Kool, van Hoof and Welling 2019, "Buy 4 REINFORCE Samples, Get a Baseline for Free!".
     """
     grouped = _grouped(rewards, group_size)
@@ -139,11 +147,17 @@ def leave_one_out_advantages(rewards: Tensor, group_size: int) -> Tensor:
 
 def _grouped(rewards: Tensor, group_size: int) -> Tensor:
     if rewards.dim() != 1 or rewards.numel() == 0:
-        raise ValueError(f"rewards has shape {tuple(rewards.shape)}; pass a non-empty [N], one reward a sample")
+        raise ValueError(
+            f"rewards has shape {tuple(rewards.shape)}; pass a non-empty [N], one reward a sample"
+        )
     if group_size < 2:
-        raise ValueError(f"group_size={group_size} must be at least 2: one sample has nothing to be compared with")
+        raise ValueError(
+            f"group_size={group_size} must be at least 2: one sample has no other to compare with"
+        )
     if rewards.numel() % group_size:
-        raise ValueError(f"group_size={group_size} does not divide the {rewards.numel()} rewards into whole groups")
+        raise ValueError(
+            f"group_size={group_size} does not divide the number of rewards, {rewards.numel()}"
+        )
     rewards = _as_float(rewards)
     finite(rewards, "rewards")
     return rewards.reshape(-1, group_size)

@@ -1,4 +1,5 @@
-"""How far one policy is from another: exact KL, its estimates from samples, and a controller for its coefficient.
+"""How far one policy is from another: exact KL, its estimates from samples, and a controller for
+its coefficient.
 
 Everywhere KL means KL(π‖π_ref), in nats, with samples from π; the log-ratio is log π − log π_ref.
 """
@@ -20,9 +21,10 @@ def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, kind: str = "k3") -> T
 
     Equation: eq:kl-estimators
 
-    With d = log π(a|s) − log π_ref(a|s): k1 = d, k2 = d²/2, k3 = exp(−d) − 1 + d, abs = |d|. For samples from π, k1
-    and k3 are unbiased; k2 and abs are not. The gradient of an estimate is another matter than its value: in the
-    loss, k1 has expected gradient zero, k2 that of KL(π‖π_ref), k3 that of KL(π_ref‖π).
+    With d = log π(a|s) − log π_ref(a|s): k1 = d, k2 = d²/2, k3 = exp(−d) − 1 + d, abs = |d|. For
+    samples from π, k1 and k3 are unbiased; k2 and abs are not. The gradient of an estimate is
+    another matter than its value: in the loss, k1 has expected gradient zero, k2 that of
+    KL(π‖π_ref), k3 that of KL(π_ref‖π).
 
     Args:
         log_probs, ref_log_probs: [..., T], nats, of the same sampled tokens.
@@ -40,11 +42,12 @@ def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, kind: str = "k3") -> T
         return 0.5 * d.square()
     if kind == "abs":
         return d.abs()
-    return ratio_minus_one_minus_log(-d)
+    return _ratio_minus_one_minus_log(-d)
 
 
-def ratio_minus_one_minus_log(log_ratio: Tensor) -> Tensor:
-    """exp(x) − 1 − x for a log-ratio x, exact also where x is tiny and the terms cancel; never negative."""
+def _ratio_minus_one_minus_log(log_ratio: Tensor) -> Tensor:
+    """exp(x) − 1 − x for a log-ratio x, exact also where x is tiny and the terms cancel; never
+    negative."""
     # below the fourth root of the precision the dropped terms of the series are smaller than rounding
     small = log_ratio.detach().abs() < torch.finfo(log_ratio.dtype).eps ** 0.25
     near = torch.where(small, log_ratio, torch.zeros_like(log_ratio))
@@ -54,13 +57,15 @@ def ratio_minus_one_minus_log(log_ratio: Tensor) -> Tensor:
 
 
 def exact_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
-    """KL(softmax(logits)‖softmax(ref_logits)) at each position, by summing over the whole vocabulary.
+    """KL(softmax(logits)‖softmax(ref_logits)) at each position, by summing over the whole
+    vocabulary.
 
     Equation: eq:kl
 
     Args:
         logits, ref_logits: [N, T, V] (any leading shape works). −inf means probability zero.
-    Returns: [N, T], nats, ≥ 0 up to rounding; +inf where π gives mass to what π_ref cannot produce.
+    Returns: [N, T], nats, ≥ 0 up to rounding; +inf where π gives mass to what π_ref cannot
+        produce.
     Raises: ValueError on unequal shapes.
     Source: Kullback and Leibler 1951, "On Information and Sufficiency".
     """
@@ -68,12 +73,15 @@ def exact_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
     log_probs = logits.log_softmax(-1)
     probs = log_probs.exp()
     impossible = probs == 0
-    log_ratio = log_probs.masked_fill(impossible, 0.0) - ref_logits.log_softmax(-1).masked_fill(impossible, 0.0)
+    log_ratio = log_probs.masked_fill(impossible, 0.0) - ref_logits.log_softmax(-1).masked_fill(
+        impossible, 0.0
+    )
     return (probs * log_ratio).sum(-1)
 
 
 class AdaptiveKLController:
-    """Raises the KL coefficient when the measured KL is above its target, lowers it when it is below.
+    """Raises the KL coefficient when the measured KL is above its target, lowers it when it is
+    below.
 
     Equation: eq:adaptive-kl
 
@@ -81,13 +89,16 @@ class AdaptiveKLController:
 
     Args:
         coefficient: the starting value of β, > 0.
-        target: the KL to hold, in nats (a sequence's sum over its tokens, averaged over sequences), > 0.
+        target: the KL to hold, in nats (a sequence's sum over its tokens, averaged over
+            sequences), > 0.
         horizon: how many samples it takes to react, > 0.
     Raises: ValueError on a value that is not positive.
     Source: Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences", section 2.2.
     """
 
-    def __init__(self, coefficient: float = 0.2, target: float = 6.0, horizon: int = 10_000) -> None:
+    def __init__(
+        self, coefficient: float = 0.2, target: float = 6.0, horizon: int = 10_000
+    ) -> None:
         in_range(coefficient, "coefficient", 0.0, open_low=True)
         in_range(target, "target", 0.0, open_low=True)
         in_range(horizon, "horizon", 0.0, open_low=True)
@@ -96,16 +107,19 @@ class AdaptiveKLController:
         self.horizon = horizon
 
     def update(self, kl: float, num_steps: int) -> float:
-        """Move the coefficient after `num_steps` samples whose mean KL was `kl` nats; returns the new coefficient.
+        """Move the coefficient after `num_steps` samples whose mean KL was `kl` nats; returns the
+        new coefficient.
 
-        Raises: ValueError if kl is NaN or infinite, or num_steps is not in [1, horizon / 0.2), beyond which one
-            update could turn the coefficient negative.
+        Raises: ValueError if kl is NaN or infinite, or num_steps is not in [1, horizon / 0.2),
+            beyond which one update could turn the coefficient negative.
         """
         kl = float(kl)
         if not math.isfinite(kl):
             raise ValueError(f"kl={kl} must be finite; the coefficient stays {self.coefficient}")
         if not 1 <= num_steps < self.horizon / 0.2:
-            raise ValueError(f"num_steps={num_steps} must lie in [1, {self.horizon / 0.2:g}); raise horizon")
+            raise ValueError(
+                f"num_steps={num_steps} must lie in [1, {self.horizon / 0.2:g}); raise horizon"
+            )
         error = min(max(kl / self.target - 1.0, -0.2), 0.2)
         self.coefficient *= 1.0 + error * num_steps / self.horizon
         return self.coefficient

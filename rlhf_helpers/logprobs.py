@@ -20,8 +20,8 @@ def token_log_probs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) ->
 
     Equation: eq:token-log-probs
 
-    The logit of the token minus the log-sum-exp of its row, a few positions at a time: no second [N, T, V] tensor is
-    built in the forward pass. Half-precision logits are computed in float32.
+    The logit of the token minus the log-sum-exp of its row, a few positions at a time: no second
+    [N, T, V] tensor is built in the forward pass. Half-precision logits are computed in float32.
 
     Args:
         logits: [N, T, V] (any leading shape works). The row at t predicts tokens[..., t].
@@ -41,14 +41,20 @@ def token_log_probs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) ->
         raise ValueError(f"tokens has dtype {tokens.dtype}; pass integers, e.g. tokens.long()")
     vocabulary = logits.shape[-1]
     if tokens.numel() and (tokens.min() < 0 or tokens.max() >= vocabulary):
-        raise ValueError(f"tokens holds an index outside [0, {vocabulary}), the vocabulary of logits")
+        raise ValueError(
+            f"tokens holds an index outside [0, {vocabulary}), the vocabulary of logits"
+        )
     # a view of [sequences, positions, V], cut along both so that every piece stays a view of the logits
-    shape = (1,) * (3 - logits.dim()) + logits.shape if logits.dim() < 3 else (-1, *logits.shape[-2:])
+    shape = (
+        (1,) * (3 - logits.dim()) + logits.shape if logits.dim() < 3 else (-1, *logits.shape[-2:])
+    )
     logits, columns = logits.reshape(shape), tokens.reshape(shape[:-1])
     rows = max(1, _CHUNK_LOGITS // vocabulary)
     sequences = max(1, min(len(logits), rows))
     blocks = zip(logits.split(sequences), columns.split(sequences), strict=True)
-    return torch.cat([_block_log_probs(*block, rows // sequences, temperature) for block in blocks]).view(tokens.shape)
+    return torch.cat(
+        [_block_log_probs(*block, rows // sequences, temperature) for block in blocks]
+    ).view(tokens.shape)
 
 
 def _block_log_probs(logits: Tensor, tokens: Tensor, positions: int, temperature: float) -> Tensor:
@@ -62,8 +68,12 @@ def _block_log_probs(logits: Tensor, tokens: Tensor, positions: int, temperature
 
     pieces = zip(logits.split(positions, dim=1), tokens.split(positions, dim=1), strict=True)
     if logits.requires_grad and (upcast or temperature != 1.0):
-        # autograd would keep every scaled piece, together a second [N, T, V]; scale it again in the backward pass
-        kept = [checkpoint(piece_log_probs, *p, use_reentrant=False, preserve_rng_state=False) for p in pieces]
+        # autograd would keep every scaled piece, together a second [N, T, V]; scale them again in
+        # the backward pass instead
+        kept = [
+            checkpoint(piece_log_probs, *p, use_reentrant=False, preserve_rng_state=False)
+            for p in pieces
+        ]
         return torch.cat(kept, dim=1)
     return torch.cat([piece_log_probs(*piece) for piece in pieces], dim=1)
 
@@ -76,13 +86,16 @@ def entropy(logits: Tensor) -> Tensor:
     A logit of −inf is a token of probability zero and adds nothing.
 
     Args:
-        logits: [N, T, V] (any leading shape works); divide by the temperature first if you sample with one.
+        logits: [N, T, V] (any leading shape works); divide by the temperature first if you sample
+            with one.
     Returns: [N, T], nats, in [0, log V].
     Raises: ValueError if logits is a scalar or has no vocabulary.
     Source: Shannon 1948, "A Mathematical Theory of Communication", section 6.
     """
     if logits.dim() == 0 or logits.shape[-1] == 0:
-        raise ValueError(f"logits has shape {tuple(logits.shape)}; the last dimension must be the vocabulary")
+        raise ValueError(
+            f"logits has shape {tuple(logits.shape)}; the last dimension must be the vocabulary"
+        )
     log_probs = logits.log_softmax(-1)
     probs = log_probs.exp()
     # 0 · (−inf) is NaN where the limit is 0
@@ -110,11 +123,15 @@ def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
         return kept.sum() / mask.sum()
     counts = mask.sum(dim)
     if (counts == 0).any():
-        raise ValueError(f"mask is empty along dim={dim} for at least one slice; drop that slice or average over all")
+        raise ValueError(
+            f"mask is empty along dim={dim} for at least one slice; drop that slice or average over all"
+        )
     return kept.sum(dim) / counts
 
 
-def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
+def masked_whiten(
+    values: Tensor, mask: Tensor, shift_mean: bool = True, eps: float = 1e-8
+) -> Tensor:
     """Scale the entries that count to unit variance, and (by default) shift them to mean zero.
 
     Equation: eq:masked-whiten
@@ -126,8 +143,8 @@ def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True, eps: fl
         eps: added to the variance.
     Returns: the shape of `values`; 0 where the mask is 0.
     Raises: ValueError on unequal shapes or fewer than two entries that count (no variance exists).
-    Source: Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO", detail on whitening; the variance is
-        the unbiased one (n − 1).
+    Source: Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO", detail on
+        whitening; the variance is the unbiased one (n − 1).
     """
     mask = as_mask(mask, values)
     count = mask.sum()

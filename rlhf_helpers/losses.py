@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_helpers._validate import as_mask, finite, in_range, same_shape
-from rlhf_helpers.kl import ratio_minus_one_minus_log
+from rlhf_helpers.kl import kl_estimate
 from rlhf_helpers.logprobs import masked_mean
 
 
@@ -21,7 +21,9 @@ class PolicyLoss(NamedTuple):
     approx_kl: Tensor
 
 
-def policy_gradient_loss(log_probs: Tensor, advantages: Tensor, mask: Tensor | None = None) -> Tensor:
+def policy_gradient_loss(
+    log_probs: Tensor, advantages: Tensor, mask: Tensor | None = None
+) -> Tensor:
     """The loss whose gradient is minus the policy-gradient estimate: −mean(A · log π(a)).
 
     Equation: eq:policy-gradient
@@ -34,8 +36,8 @@ def policy_gradient_loss(log_probs: Tensor, advantages: Tensor, mask: Tensor | N
         mask: the same shape; 1 or True counts; None counts all.
     Returns: a scalar.
     Raises: ValueError on unequal shapes, an empty mask, a counted advantage that is not finite.
-    Source: Williams 1992, "Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning",
-        section 4 (REINFORCE).
+    Source: Williams 1992, "Simple Statistical Gradient-Following Algorithms for Connectionist
+        Reinforcement Learning", section 4 (REINFORCE).
     """
     same_shape(log_probs=log_probs, advantages=advantages)
     mask = as_mask(mask, log_probs)
@@ -53,12 +55,14 @@ def ppo_clip_loss(
     clip_high: float | None = None,
     dual_clip: float | None = None,
 ) -> PolicyLoss:
-    """PPO's clipped objective, negated: −mean(min(ρ·A, clip(ρ, 1 − ε, 1 + ε)·A)) with the ratio ρ = π(a)/π_old(a).
+    """PPO's clipped objective, negated: −mean(min(ρ·A, clip(ρ, 1 − ε, 1 + ε)·A)) with the ratio ρ
+    = π(a)/π_old(a).
 
     Equation: eq:ppo-clip, eq:dual-clip
 
-    The minimum is the pessimistic of the two. Clipping removes the incentive to move further; it does not hold the
-    ratio inside the interval. For A < 0 and a large ratio nothing is clipped, unless `dual_clip` bounds it.
+    The minimum is the pessimistic of the two. Clipping removes the incentive to move further; it
+    does not hold the ratio inside the interval. For A < 0 and a large ratio nothing is clipped,
+    unless `dual_clip` bounds it.
 
     Args:
         log_probs: log π(a) under the policy being trained, any shape, nats.
@@ -68,13 +72,14 @@ def ppo_clip_loss(
         clip: ε, > 0 (and the lower bound is 1 − ε); math.inf turns clipping off.
         clip_high: another ε for the upper bound 1 + ε; None means `clip`.
         dual_clip: c > 1: for A < 0 the term is max(min(ρ·A, clip(ρ)·A), c·A); None turns it off.
-    Returns: PolicyLoss(loss, clip_fraction, approx_kl), scalars. clip_fraction is the share of entries whose gradient
-        the clip has cut (ρ > 1 + ε with A > 0, or ρ < 1 − ε with A < 0); approx_kl is the mean of ρ − 1 − log ρ.
-    Raises: ValueError on unequal shapes, an empty mask, a counted advantage that is not finite, clip ≤ 0,
-        clip_high ≤ 0, dual_clip ≤ 1.
-    Source: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", equation 7; dual clip: Ye et al. 2020,
-        "Mastering Complex Control in MOBA Games with Deep Reinforcement Learning"; clip_high: Yu et al. 2025, "DAPO",
-        section 3.1.
+    Returns: PolicyLoss(loss, clip_fraction, approx_kl), scalars. clip_fraction is the share of
+        entries whose gradient the clip has cut (ρ > 1 + ε with A > 0, or ρ < 1 − ε with A < 0);
+        approx_kl is the mean of ρ − 1 − log ρ.
+    Raises: ValueError on unequal shapes, an empty mask, a counted advantage that is not finite,
+        clip ≤ 0, clip_high ≤ 0, dual_clip ≤ 1.
+    Source: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", equation 7; dual clip:
+        Ye et al. 2020, "Mastering Complex Control in MOBA Games with Deep Reinforcement Learning";
+        clip_high: Yu et al. 2025, "DAPO", section 3.1.
     """
     clip_high = clip if clip_high is None else clip_high
     in_range(clip, "clip", 0.0, open_low=True)
@@ -92,20 +97,30 @@ def ppo_clip_loss(
     objective = torch.minimum(ratio * advantages, clipped_ratio * advantages)
     if dual_clip is not None:
         in_range(dual_clip, "dual_clip", 1.0, open_low=True)
-        objective = torch.where(advantages < 0, torch.maximum(objective, dual_clip * advantages), objective)
+        objective = torch.where(
+            advantages < 0, torch.maximum(objective, dual_clip * advantages), objective
+        )
     loss = -masked_mean(objective, mask)
 
     with torch.no_grad():
-        cut = ((ratio > 1.0 + clip_high) & (advantages > 0)) | ((ratio < 1.0 - clip) & (advantages < 0))
+        cut = ((ratio > 1.0 + clip_high) & (advantages > 0)) | (
+            (ratio < 1.0 - clip) & (advantages < 0)
+        )
         clip_fraction = masked_mean(cut.to(ratio.dtype), mask)
-        approx_kl = masked_mean(ratio_minus_one_minus_log(log_ratio), mask)
+        # KL(π_old‖π) from actions that π_old sampled
+        approx_kl = masked_mean(kl_estimate(torch.zeros_like(log_ratio), log_ratio, "k3"), mask)
     return PolicyLoss(loss, clip_fraction, approx_kl)
 
 
 def value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor | None = None, clip: float | None = None
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor | None = None,
+    clip: float | None = None,
 ) -> Tensor:
-    """Half the squared error of the value function, optionally the worse of the moved and the clipped prediction.
+    """Half the squared error of the value function, optionally the worse of the moved and the
+    clipped prediction.
 
     Equation: eq:value-loss
 
@@ -116,9 +131,10 @@ def value_loss(
         mask: the same shape; 1 or True counts; None counts all.
         clip: how far V may move from old_values, in units of the return, > 0; None turns it off.
     Returns: a scalar.
-    Raises: ValueError on unequal shapes, an empty mask, a counted return that is not finite, clip ≤ 0.
-    Source: Huang et al. 2022, "The 37 Implementation Details of PPO", core detail 9; the clip goes back to OpenAI
-        Baselines.
+    Raises: ValueError on unequal shapes, an empty mask, a counted return that is not finite, clip
+        ≤ 0.
+    Source: Huang et al. 2022, "The 37 Implementation Details of PPO", core detail 9; the clip goes
+        back to OpenAI Baselines.
     """
     same_shape(values=values, old_values=old_values, returns=returns)
     mask = as_mask(mask, values)

@@ -28,7 +28,9 @@ def load() -> Settings:
     """
     scale = os.environ.get("RLHF_SCALE", "tiny")
     if scale not in SCALES:
-        raise ValueError(f"RLHF_SCALE={scale!r} is unknown; use one of {', '.join(map(repr, SCALES))}")
+        raise ValueError(
+            f"RLHF_SCALE={scale!r} is unknown; use one of {', '.join(map(repr, SCALES))}"
+        )
     if scale == "tiny":
         return Settings(scale, "cpu")
     import torch

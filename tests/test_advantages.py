@@ -11,7 +11,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy.signal import lfilter
 
-from rlhf_helpers.advantages import discounted_returns, gae, group_relative_advantages, leave_one_out_advantages
+from rlhf_helpers.advantages import (
+    discounted_returns,
+    gae,
+    group_relative_advantages,
+    leave_one_out_advantages,
+)
 
 modest = settings(max_examples=40, deadline=None, derandomize=True)
 GARBAGE = [float("nan"), float("inf"), -float("inf"), 1e30]
@@ -57,7 +62,9 @@ def test_returns_equal_the_double_loop(gamma):
     lengths = (5, 3, 1)
     rewards, _, mask = random_batch(lengths)
     expected = loop_returns(rewards.numpy(), lengths, gamma)
-    np.testing.assert_allclose(discounted_returns(rewards, mask, gamma).numpy(), expected, rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(
+        discounted_returns(rewards, mask, gamma).numpy(), expected, rtol=1e-12, atol=1e-14
+    )
 
 
 @pytest.mark.equation("eq:returns")
@@ -87,7 +94,9 @@ def test_reward_on_the_last_real_token_reaches_every_earlier_one():
 
 
 @pytest.mark.equation("eq:gae")
-@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.8), (0.99, 1.0), (0.7, 0.0), (0.0, 0.5)])
+@pytest.mark.parametrize(
+    ("gamma", "lam"), [(1.0, 0.95), (0.9, 0.8), (0.99, 1.0), (0.7, 0.0), (0.0, 0.5)]
+)
 def test_gae_equals_the_double_loop(gamma, lam):
     """Oracle: a float64 NumPy double loop over sums of discounted TD errors, rows of different length."""
     lengths = (5, 3, 1)
@@ -95,7 +104,9 @@ def test_gae_equals_the_double_loop(gamma, lam):
     advantages, returns = gae(rewards, values, mask, gamma, lam)
     expected = loop_gae(rewards.numpy(), values.numpy(), lengths, gamma, lam)
     np.testing.assert_allclose(advantages.numpy(), expected, rtol=1e-12, atol=1e-14)
-    np.testing.assert_allclose(returns.numpy(), (expected + values.numpy()) * mask.numpy(), rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(
+        returns.numpy(), (expected + values.numpy()) * mask.numpy(), rtol=1e-12, atol=1e-14
+    )
 
 
 @pytest.mark.equation("eq:gae")
@@ -106,7 +117,9 @@ def test_gae_is_an_upper_triangular_matrix_times_td_errors():
     delta = rewards + following - values
     steps = torch.arange(6)[None, :] - torch.arange(6)[:, None]
     matrix = torch.where(steps >= 0, 0.95 ** steps.double(), 0.0)
-    torch.testing.assert_close(gae(rewards, values, mask)[0], delta @ matrix.T, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(
+        gae(rewards, values, mask)[0], delta @ matrix.T, rtol=1e-12, atol=1e-13
+    )
 
 
 @pytest.mark.equation("eq:gae")
@@ -128,7 +141,9 @@ def test_with_lambda_one_advantage_plus_value_is_the_return_to_go(gamma):
     rewards, values, mask = random_batch(lengths)
     advantages, returns = gae(rewards, values, mask, gamma, lam=1.0)
     to_go = loop_returns(rewards.numpy(), lengths, gamma)
-    np.testing.assert_allclose(((advantages + values) * mask).numpy(), to_go, rtol=1e-12, atol=1e-13)
+    np.testing.assert_allclose(
+        ((advantages + values) * mask).numpy(), to_go, rtol=1e-12, atol=1e-13
+    )
     np.testing.assert_allclose(returns.numpy(), to_go, rtol=1e-12, atol=1e-13)
 
 
@@ -142,7 +157,9 @@ def test_with_lambda_zero_the_advantage_is_the_td_error():
         [r[0, 0] + 0.9 * v[0, 1] - v[0, 0], r[0, 1] + 0.9 * v[0, 2] - v[0, 1], r[0, 2] - v[0, 2]],
         [r[1, 0] + 0.9 * v[1, 1] - v[1, 0], r[1, 1] - v[1, 1], 0.0],
     ]
-    torch.testing.assert_close(advantages, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(
+        advantages, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-14
+    )
 
 
 def test_gae_equals_torchrl():
@@ -152,7 +169,9 @@ def test_gae_equals_torchrl():
     following = torch.cat([values[:, 1:], torch.zeros(3, 1, dtype=torch.float64)], dim=1)
     done = mask & ~torch.cat([mask[:, 1:], torch.zeros(3, 1, dtype=torch.bool)], dim=1)
     arguments = [x[..., None] for x in (values, following, rewards, done)]
-    expected, _ = functional.generalized_advantage_estimate(0.9, 0.8, *arguments, terminated=done[..., None])
+    expected, _ = functional.generalized_advantage_estimate(
+        0.9, 0.8, *arguments, terminated=done[..., None]
+    )
     found = gae(rewards, values, mask, 0.9, 0.8)[0]
     torch.testing.assert_close(found, (expected[..., 0] * mask).double(), rtol=1e-5, atol=1e-5)
 
@@ -176,9 +195,13 @@ def test_returns_and_gae_equal_the_double_loop_for_any_shape(data, gamma, lam):
     returns = discounted_returns(torch.from_numpy(rewards), mask, gamma)
     advantages, targets = gae(torch.from_numpy(rewards), torch.from_numpy(values), mask, gamma, lam)
     expected = loop_gae(rewards, values, lengths, gamma, lam)
-    np.testing.assert_allclose(returns.numpy(), loop_returns(rewards, lengths, gamma), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(
+        returns.numpy(), loop_returns(rewards, lengths, gamma), rtol=1e-9, atol=1e-9
+    )
     np.testing.assert_allclose(advantages.numpy(), expected, rtol=1e-9, atol=1e-9)
-    np.testing.assert_allclose(targets.numpy(), expected + values * mask.numpy(), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(
+        targets.numpy(), expected + values * mask.numpy(), rtol=1e-9, atol=1e-9
+    )
 
 
 # Shared by both sequence functions
@@ -209,8 +232,14 @@ def test_garbage_after_the_end_does_not_leak(garbage):
     rewards, values, mask = random_batch((4, 2, 1), 5)
     clean_rewards, clean_values = rewards * mask, values * mask
     dirty_rewards, dirty_values = (torch.where(mask, x, garbage) for x in (rewards, values))
-    found = [discounted_returns(dirty_rewards, mask, 0.9), *gae(dirty_rewards, dirty_values, mask, 0.9, 0.8)]
-    expected = [discounted_returns(clean_rewards, mask, 0.9), *gae(clean_rewards, clean_values, mask, 0.9, 0.8)]
+    found = [
+        discounted_returns(dirty_rewards, mask, 0.9),
+        *gae(dirty_rewards, dirty_values, mask, 0.9, 0.8),
+    ]
+    expected = [
+        discounted_returns(clean_rewards, mask, 0.9),
+        *gae(clean_rewards, clean_values, mask, 0.9, 0.8),
+    ]
     for ours, clean in zip(found, expected, strict=True):
         assert torch.equal(ours, clean)
         assert (ours[~mask] == 0).all()
@@ -285,7 +314,9 @@ def test_one_right_answer_among_eight():
     """Oracle: the published numbers 2.47 and -0.35 (mean 1/8, std sqrt(1/8)), at the default settings."""
     result = group_relative_advantages(torch.tensor([1.0] + [0.0] * 7), 8)
     root = 8**-0.5
-    assert result.tolist() == pytest.approx([0.875 / (root + 1e-4)] + [-0.125 / (root + 1e-4)] * 7, rel=1e-6)
+    assert result.tolist() == pytest.approx(
+        [0.875 / (root + 1e-4)] + [-0.125 / (root + 1e-4)] * 7, rel=1e-6
+    )
     assert [round(x, 2) for x in result.tolist()[:2]] == [2.47, -0.35]
 
 
@@ -294,11 +325,16 @@ def test_one_right_answer_among_eight():
 @pytest.mark.parametrize("group_size", [2, 3, 7])
 def test_a_constant_group_gives_exactly_zero(scale, value, group_size):
     """Oracle: r - mean(r) is zero in exact arithmetic; in float32 the mean of 0.1 seven times is not 0.1."""
-    constant, varied = torch.full((group_size,), value), torch.arange(group_size, dtype=torch.float32)
+    constant, varied = (
+        torch.full((group_size,), value),
+        torch.arange(group_size, dtype=torch.float32),
+    )
     result = group_relative_advantages(torch.cat([constant, varied]), group_size, scale)
     assert (result[:group_size] == 0).all()
     assert (result[group_size:] != 0).any()
-    assert (group_relative_advantages(torch.cat([constant, constant]), group_size, scale) == 0).all()
+    assert (
+        group_relative_advantages(torch.cat([constant, constant]), group_size, scale) == 0
+    ).all()
 
 
 def test_groups_are_neighbours():
@@ -317,8 +353,12 @@ def test_group_advantages_sum_to_zero_and_ignore_a_shift(rewards, shift, scale):
     """Oracle: two properties of centring: zero sum in each group, no change when every reward moves by a constant."""
     flat = torch.from_numpy(rewards).flatten()
     result = group_relative_advantages(flat, 4, scale, eps=1.0)
-    torch.testing.assert_close(result.reshape(3, 4).sum(-1), torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-7)
-    torch.testing.assert_close(group_relative_advantages(flat + shift, 4, scale, eps=1.0), result, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(
+        result.reshape(3, 4).sum(-1), torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-7
+    )
+    torch.testing.assert_close(
+        group_relative_advantages(flat + shift, 4, scale, eps=1.0), result, rtol=1e-6, atol=1e-7
+    )
 
 
 def test_unknown_scale_lists_the_known_ones():

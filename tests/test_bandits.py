@@ -28,7 +28,9 @@ def test_gradient_is_autograd_of_the_expected_reward():
     bandit = GaussianBandit(MEANS)
     (expected,) = torch.autograd.grad(bandit.expected_reward(logits), logits)
     torch.testing.assert_close(bandit.gradient(LOGITS), expected)
-    torch.testing.assert_close(bandit.gradient(LOGITS), torch.tensor([-0.05, 0.27, -0.22], dtype=torch.float64))
+    torch.testing.assert_close(
+        bandit.gradient(LOGITS), torch.tensor([-0.05, 0.27, -0.22], dtype=torch.float64)
+    )
 
 
 @pytest.mark.equation("eq:gradient-variance")
@@ -37,10 +39,14 @@ def test_gradient_variance_is_that_of_samples(baseline):
     """Oracle: the empirical variance of 400,000 one-sample estimates whose scores autograd computes."""
     bandit = GaussianBandit(MEANS, noise_std=0.7)
     g = generator(1)
-    scores = torch.stack([torch.func.grad(lambda z, a=a: z.log_softmax(-1)[a])(LOGITS) for a in range(3)])
+    scores = torch.stack(
+        [torch.func.grad(lambda z, a=a: z.log_softmax(-1)[a])(LOGITS) for a in range(3)]
+    )
     actions = torch.multinomial(LOGITS.exp(), 400_000, replacement=True, generator=g)
     estimates = (bandit.pull(actions, g) - baseline).unsqueeze(-1) * scores[actions]
-    torch.testing.assert_close(bandit.gradient_variance(LOGITS, baseline), estimates.var(0), rtol=0.02, atol=1e-3)
+    torch.testing.assert_close(
+        bandit.gradient_variance(LOGITS, baseline), estimates.var(0), rtol=0.02, atol=1e-3
+    )
 
 
 def test_pulls_follow_the_arm_means_and_noise():
@@ -79,7 +85,9 @@ def rayleigh_quadrature(weights):
 def test_linear_optimum_is_the_integral_over_directions(arms):
     """Oracle: numerical quadrature over the direction of the context."""
     weights = torch.randn(arms, 2, generator=generator(arms), dtype=torch.float64)
-    assert LinearBandit(weights).optimal_value() == pytest.approx(rayleigh_quadrature(weights.numpy()), rel=1e-6)
+    assert LinearBandit(weights).optimal_value() == pytest.approx(
+        rayleigh_quadrature(weights.numpy()), rel=1e-6
+    )
 
 
 @pytest.mark.equation("eq:linear-optimum")
@@ -97,7 +105,9 @@ def test_linear_optimum_is_what_the_best_policy_earns():
     """Oracle: Monte Carlo over 200,000 contexts, within five standard errors."""
     bandit = fan(8)
     best = bandit.mean_rewards(bandit.contexts(200_000, generator=generator())).max(-1).values
-    assert abs(best.mean().item() - bandit.optimal_value()) < 5 * best.std().item() / math.sqrt(len(best))
+    assert abs(best.mean().item() - bandit.optimal_value()) < 5 * best.std().item() / math.sqrt(
+        len(best)
+    )
 
 
 def test_linear_pulls_and_expected_reward_agree():
@@ -123,7 +133,12 @@ def test_linear_pulls_and_expected_reward_agree():
         (lambda: GaussianBandit(MEANS).gradient_variance(LOGITS[:2]), "logits"),
         (lambda: LinearBandit(torch.ones(3)), "weights"),
         (lambda: LinearBandit(torch.ones(3, 3)).optimal_value(), "weights"),
-        (lambda: fan(4).pull(torch.ones(2, 2, dtype=torch.float64), torch.tensor([1]), generator()), "actions"),
+        (
+            lambda: fan(4).pull(
+                torch.ones(2, 2, dtype=torch.float64), torch.tensor([1]), generator()
+            ),
+            "actions",
+        ),
         (lambda: fan(1), "arms"),
         (lambda: ten_arms(0), "runs"),
     ],

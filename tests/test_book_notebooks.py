@@ -10,7 +10,9 @@ import set_repo
 import yaml
 
 NOTEBOOKS = nbrun.find_notebooks()
-ELSEWHERE = re.compile(r"(?<![\w.:/~-])/(?:home|root|tmp|private|Users|mnt|srv|work|workspace)/\w|[A-Z]:\\\\Users")
+ELSEWHERE = re.compile(
+    r"(?<![\w.:/~-])/(?:home|root|tmp|private|Users|mnt|srv|work|workspace)/\w|[A-Z]:\\\\Users"
+)
 
 pytestmark = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -59,11 +61,15 @@ def test_it_has_three_figures_and_each_says_what_it_shows(path):
     for cell in drawing:
         alt = cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")
         assert len(alt.split()) >= 4, cell.source
-        assert not re.search(r"\d\.\d", alt), "numbers stand in the generated sentence, not in the alt text"
+        assert not re.search(r"\d\.\d", alt), (
+            "numbers stand in the generated sentence, not in the alt text"
+        )
 
 
 def test_its_length_is_that_of_a_chapter(path):
-    words = sum(len(cell.source.split()) for cell in read(path).cells if cell.cell_type == "markdown")
+    words = sum(
+        len(cell.source.split()) for cell in read(path).cells if cell.cell_type == "markdown"
+    )
     assert 1800 <= words <= 4400
 
 
@@ -71,8 +77,15 @@ def test_no_path_of_a_machine_is_stored(path):
     text = path.read_text(encoding="utf-8")
     assert str(nbrun.ROOT) not in text
     for cell in read(path).cells:
-        shown = [str({**output, "data": {k: v for k, v in output.get("data", {}).items() if "image" not in k}})
-                 for output in cell.get("outputs", [])]
+        shown = [
+            str(
+                {
+                    **output,
+                    "data": {k: v for k, v in output.get("data", {}).items() if "image" not in k},
+                }
+            )
+            for output in cell.get("outputs", [])
+        ]
         assert not ELSEWHERE.search("\n".join([cell.source, *shown])), cell.source
 
 
@@ -86,17 +99,23 @@ def test_the_first_cell_links_to_colab_in_words(path):
 def test_the_set_up_cell_installs_on_colab_only(path):
     source = code_cells(path)[0].source
     install = f'%pip install -q "git+{set_repo.repository()["url"]}"'
-    assert re.search(rf'^if "google\.colab" in sys\.modules:\n    {re.escape(install)}$', source, re.M)
+    assert re.search(
+        rf'^if "google\.colab" in sys\.modules:\n    {re.escape(install)}$', source, re.M
+    )
 
 
 def test_nothing_is_asked_from_another_host(path):
     markdown = [cell.source for cell in read(path).cells if cell.cell_type == "markdown"]
-    assert not re.search(r"!\[[^\]]*\]\(https?:|<(?:img|script|iframe)\b[^>]*https?:", "\n".join(markdown))
+    assert not re.search(
+        r"!\[[^\]]*\]\(https?:|<(?:img|script|iframe)\b[^>]*https?:", "\n".join(markdown)
+    )
 
 
 def test_no_line_ends_in_a_semicolon(path):
     # The regression test runs cells without history, where a trailing semicolon hides nothing.
-    assert not [line for cell in code_cells(path) for line in lines_of(cell) if line.rstrip().endswith(";")]
+    assert not [
+        line for cell in code_cells(path) for line in lines_of(cell) if line.rstrip().endswith(";")
+    ]
 
 
 def test_it_needs_no_widgets(path):
@@ -113,7 +132,11 @@ def test_the_kernel_is_the_one_every_machine_has(path):
 
 def test_most_cells_are_compared(path):
     cells = code_cells(path)
-    ignored = [cell for cell in cells if {"nbval-ignore-output", "nbval-skip"} & set(cell.metadata.get("tags", []))]
+    ignored = [
+        cell
+        for cell in cells
+        if {"nbval-ignore-output", "nbval-skip"} & set(cell.metadata.get("tags", []))
+    ]
     assert len(ignored) < len(cells) / 2
 
 

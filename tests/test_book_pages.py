@@ -23,7 +23,9 @@ def test_the_built_pages_hold_what_they_must(html):
 def test_the_footer_names_version_and_day(html):
     from rlhf_helpers import __version__
 
-    assert f"Version {__version__}, built 20" in (html / "book" / "index.html").read_text(encoding="utf-8")
+    assert f"Version {__version__}, built 20" in (html / "book" / "index.html").read_text(
+        encoding="utf-8"
+    )
 
 
 @pytest.mark.parametrize("builder", [build_equations, build_status], ids=["equations", "status"])

@@ -19,7 +19,9 @@ def fresh(runs=3):
 
 def learn(runs=3, **settings):
     policy = fresh(runs)
-    history = list(cb.train(policy, BANDIT, cb.Config(**{"iterations": 30, "learning_rate": 0.1, **settings})))
+    history = list(
+        cb.train(policy, BANDIT, cb.Config(**{"iterations": 30, "learning_rate": 0.1, **settings}))
+    )
     return policy.detach(), history
 
 
@@ -39,14 +41,18 @@ def test_every_method_learns(method):
 def test_first_ratio_is_one():
     """Oracle: log-probabilities recomputed by torch.distributions for the policy that has not moved yet."""
     policy, batch = rollout(runs=2)
-    distribution = torch.distributions.Categorical(logits=torch.einsum("rkd,rnd->rnk", policy, batch.contexts))
+    distribution = torch.distributions.Categorical(
+        logits=torch.einsum("rkd,rnd->rnk", policy, batch.contexts)
+    )
     torch.testing.assert_close(batch.old_log_probs, distribution.log_prob(batch.actions))
 
 
 def test_advantages_are_whitened_run_by_run():
     """Oracle: torch's own mean and unbiased standard deviation of each run."""
     _, batch = rollout(runs=3)
-    torch.testing.assert_close(batch.advantages.mean(1), torch.zeros(3, dtype=torch.float64), atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        batch.advantages.mean(1), torch.zeros(3, dtype=torch.float64), atol=1e-12, rtol=0
+    )
     torch.testing.assert_close(batch.advantages.std(1), torch.ones(3, dtype=torch.float64))
 
 
@@ -75,7 +81,9 @@ def test_first_steps_of_all_gradient_methods_agree():
         moved.append(trained.detach() - policy)
     torch.testing.assert_close(moved[0], moved[1])
     torch.testing.assert_close(moved[0], moved[2])
-    torch.testing.assert_close(cb.gradient_norms(policy.requires_grad_(), batch)[0], moved[0].norm())
+    torch.testing.assert_close(
+        cb.gradient_norms(policy.requires_grad_(), batch)[0], moved[0].norm()
+    )
 
 
 def test_minibatches_cut_the_rollout_without_loss():
@@ -98,7 +106,9 @@ def test_full_trpo_step_is_the_natural_gradient_of_length_delta():
     fisher = torch.zeros(16, 16, dtype=torch.float64)
     gradient = torch.zeros(16, dtype=torch.float64)
     for n in range(len(x)):
-        scores = torch.einsum("ak,d->akd", torch.eye(8, dtype=torch.float64) - probs[n], x[n]).reshape(8, 16)
+        scores = torch.einsum(
+            "ak,d->akd", torch.eye(8, dtype=torch.float64) - probs[n], x[n]
+        ).reshape(8, 16)
         fisher += scores.T @ (probs[n].unsqueeze(1) * scores) / len(x)
         gradient += batch.advantages[0, n] * scores[batch.actions[0, n]] / len(x)
     delta = 1e-6  # so small that the quadratic model is the KL, and the line search accepts or halves once
@@ -107,7 +117,9 @@ def test_full_trpo_step_is_the_natural_gradient_of_length_delta():
     moved = policy.clone().requires_grad_()
     share = cb.trpo_update(moved, batch, delta)
     assert share > 0
-    torch.testing.assert_close((moved.detach() - policy).flatten(), share * full, rtol=1e-3, atol=1e-9)
+    torch.testing.assert_close(
+        (moved.detach() - policy).flatten(), share * full, rtol=1e-3, atol=1e-9
+    )
 
 
 @pytest.mark.equation("eq:trpo-step")
@@ -119,7 +131,9 @@ def test_trpo_never_leaves_the_region_and_never_lowers_the_surrogate(delta):
         moved = policy.clone().requires_grad_()
         cb.trpo_update(moved, batch, delta)
         new_logits = torch.einsum("rkd,rnd->rnk", moved.detach(), batch.contexts)
-        old, new = (torch.distributions.Categorical(logits=z) for z in (batch.old_logits, new_logits))
+        old, new = (
+            torch.distributions.Categorical(logits=z) for z in (batch.old_logits, new_logits)
+        )
         assert torch.distributions.kl_divergence(old, new).mean() <= delta
         ratio = (new.log_prob(batch.actions) - old.log_prob(batch.actions)).exp()
         assert (ratio * batch.advantages).mean() > batch.advantages.mean()
@@ -130,7 +144,10 @@ def test_trpo_stays_where_it_is_when_nothing_can_be_learned():
     """Oracle: with all advantages 0 the gradient is 0 and the policy may not move."""
     policy, batch = rollout()
     still = policy.clone().requires_grad_()
-    assert cb.trpo_update(still, batch._replace(advantages=torch.zeros_like(batch.advantages)), 0.02) == 0.0
+    assert (
+        cb.trpo_update(still, batch._replace(advantages=torch.zeros_like(batch.advantages)), 0.02)
+        == 0.0
+    )
     assert torch.equal(still.detach(), policy)
 
 
@@ -143,9 +160,13 @@ def test_penalty_gradient_is_that_of_its_definition():
     trained = start.clone().requires_grad_()
     cb.ppo_penalty_update(trained, torch.optim.SGD([trained], lr=1.0), stale, coefficients)
     reference = start.clone().requires_grad_()
-    new = torch.distributions.Categorical(logits=torch.einsum("rkd,rnd->rnk", reference, stale.contexts))
+    new = torch.distributions.Categorical(
+        logits=torch.einsum("rkd,rnd->rnk", reference, stale.contexts)
+    )
     old = torch.distributions.Categorical(logits=stale.old_logits)
-    surrogate = ((new.log_prob(stale.actions) - stale.old_log_probs).exp() * stale.advantages).mean()
+    surrogate = (
+        (new.log_prob(stale.actions) - stale.old_log_probs).exp() * stale.advantages
+    ).mean()
     penalty = (coefficients * torch.distributions.kl_divergence(old, new).mean(1)).mean()
     (penalty - surrogate).backward()
     torch.testing.assert_close(trained.detach(), start - reference.grad)
@@ -165,9 +186,13 @@ def test_metrics_are_what_they_say():
     held_out = BANDIT.contexts(1000, generator=torch.Generator().manual_seed(cb.HELD_OUT_SEED))
     new = torch.distributions.Categorical(logits=torch.einsum("rkd,nd->rnk", policy, held_out))
     torch.testing.assert_close(history[0].entropy, new.entropy().mean(1))
-    torch.testing.assert_close(history[0].reward, (new.probs * (held_out @ BANDIT.weights.T)).sum(-1).mean(1))
+    torch.testing.assert_close(
+        history[0].reward, (new.probs * (held_out @ BANDIT.weights.T)).sum(-1).mean(1)
+    )
     uniform = torch.distributions.Categorical(logits=torch.zeros_like(new.logits))
-    torch.testing.assert_close(history[0].kl, torch.distributions.kl_divergence(new, uniform).mean(1))
+    torch.testing.assert_close(
+        history[0].kl, torch.distributions.kl_divergence(new, uniform).mean(1)
+    )
     batch = cb.collect(fresh(), BANDIT, 64, torch.Generator().manual_seed(0))
     logits = torch.einsum("rkd,rnd->rnk", policy, batch.contexts)
     torch.testing.assert_close(history[0].step_kl, exact_kl(batch.old_logits, logits).mean(-1))

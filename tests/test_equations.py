@@ -15,7 +15,11 @@ def test_every_equation_is_displayed_once_implemented_and_tested():
 @pytest.fixture
 def book(tmp_path):
     """The smallest book: one equation, one function, one test."""
-    for name, text in {"book/page.md": PAGE, "rlhf_helpers/losses.py": MODULE, "tests/test_one.py": TEST}.items():
+    for name, text in {
+        "book/page.md": PAGE,
+        "rlhf_helpers/losses.py": MODULE,
+        "tests/test_one.py": TEST,
+    }.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     return tmp_path
@@ -32,11 +36,21 @@ def test_the_smallest_book_has_no_problem(book):
         ("book/page.md", "(eq:one)", "", "eq:one is displayed 0 times"),
         ("book/page.md", PAGE, PAGE + "\n$$ x = 2 $$ (eq:one)\n", "eq:one is displayed 2 times"),
         ("book/page.md", PAGE, PAGE + "\n$$ y = 2 $$ (eq:two)\n", "eq:two has no function"),
-        ("rlhf_helpers/losses.py", "    Equation: eq:one\n", "", "rlhf_helpers.losses.one names no equation"),
+        (
+            "rlhf_helpers/losses.py",
+            "    Equation: eq:one\n",
+            "",
+            "rlhf_helpers.losses.one names no equation",
+        ),
         ("rlhf_helpers/losses.py", "eq:one", "eq:other", "eq:one has no function"),
         ("tests/test_one.py", '@pytest.mark.equation("eq:one")\n', "", "eq:one has no test"),
         ("tests/test_one.py", "eq:one", "eq:unknown", "eq:unknown is displayed 0 times"),
-        ("tests/test_one.py", "Oracle: ", "", "test_one.py::test_one does not say what its oracle is"),
+        (
+            "tests/test_one.py",
+            "Oracle: ",
+            "",
+            "test_one.py::test_one does not say what its oracle is",
+        ),
     ],
 )
 def test_each_broken_tie_is_found(book, file, old, new, problem):

@@ -24,7 +24,9 @@ GRADIENTS = {
     "sign": lambda p, m: torch.stack([p[k] * (average(p, m) - m[k]) for k in range(len(p))]),
     "weigh each": lambda p, m: torch.stack([m[k] - average(p, m) for k in range(len(p))]),
     "nothing is subtracted": lambda p, m: torch.stack([p[k] * m[k] for k in range(len(p))]),
-    "plain mean": lambda p, m: torch.stack([p[k] * (m[k] - sum(m) / len(m)) for k in range(len(p))]),
+    "plain mean": lambda p, m: torch.stack(
+        [p[k] * (m[k] - sum(m) / len(m)) for k in range(len(p))]
+    ),
     "test case 1": lambda p, m: p * 0,
     "raised ZeroDivisionError": lambda p, m: 1 / 0,
 }
@@ -41,10 +43,14 @@ def others(rewards, i):
 
 
 LEAVE_ONE_OUT = {
-    "Right": lambda r: [x - sum(others(r, i)) / len(others(r, i)) for i, x in enumerate(r.tolist())],
+    "Right": lambda r: [
+        x - sum(others(r, i)) / len(others(r, i)) for i, x in enumerate(r.tolist())
+    ],
     "contains the reward itself": lambda r: [x - sum(r.tolist()) / len(r) for x in r.tolist()],
     "N − 1": lambda r: [x - sum(others(r, i)) / len(r) for i, x in enumerate(r.tolist())],
-    "this is the baseline": lambda r: [sum(others(r, i)) / len(others(r, i)) for i in range(len(r))],
+    "this is the baseline": lambda r: [
+        sum(others(r, i)) / len(others(r, i)) for i in range(len(r))
+    ],
 }
 
 
@@ -52,12 +58,20 @@ LEAVE_ONE_OUT = {
 def test_leave_one_out(capsys, expected):
     """Oracle: the verdict that the exercise promises, from plain Python sums."""
     answer = LEAVE_ONE_OUT[expected]
-    assert expected in verdict(capsys, checks.check_leave_one_out, lambda r: torch.tensor(answer(r)))
+    assert expected in verdict(
+        capsys, checks.check_leave_one_out, lambda r: torch.tensor(answer(r))
+    )
 
 
 @pytest.mark.parametrize(
     ("answer", "expected"),
-    [(0.75, "Right"), (1, "would be unbiased"), (0.25, "share of the reward"), (1.333, "undo"), (7, "no typical")],
+    [
+        (0.75, "Right"),
+        (1, "would be unbiased"),
+        (0.25, "share of the reward"),
+        (1.333, "undo"),
+        (7, "no typical"),
+    ],
 )
 def test_batch_mean_factor(capsys, answer, expected):
     """Oracle: the verdict that the exercise promises."""
@@ -89,7 +103,8 @@ def test_only_gradients_count(capsys):
 
 
 @pytest.mark.parametrize(
-    "check", [checks.check_bandit_gradient, checks.check_leave_one_out, checks.check_policy_gradient_loss]
+    "check",
+    [checks.check_bandit_gradient, checks.check_leave_one_out, checks.check_policy_gradient_loss],
 )
 def test_stub_is_not_attempted(capsys, check):
     """Oracle: the verdict that the exercise promises."""

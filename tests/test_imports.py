@@ -50,7 +50,9 @@ def layer(name):
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_go_one_way(path):
     own = part(".".join(path.relative_to(ROOT).with_suffix("").parts))
-    known = {name for names in LAYERS for name in names} | {p.stem for p in MODULES if p.stem.startswith("_")}
+    known = {name for names in LAYERS for name in names} | {
+        p.stem for p in MODULES if p.stem.startswith("_")
+    }
     if own == "__init__":
         return
     for module in imported(path):
@@ -70,5 +72,7 @@ def test_every_import_is_a_declared_dependency():
     needs = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     declared = {re.match(r"[\w-]+", need)[0].lower() for need in needs}
     outside = {module.split(".")[0] for path in MODULES for module in imported(path)}
-    assert {name.lower() for name in outside - set(sys.stdlib_module_names) - {"rlhf_helpers"}} <= declared
+    assert {
+        name.lower() for name in outside - set(sys.stdlib_module_names) - {"rlhf_helpers"}
+    } <= declared
     assert all(re.fullmatch(r"[\w-]+>=[\d.]+", need) for need in needs), "lower bounds only"

@@ -38,8 +38,18 @@ def expected_estimate(logits, ref_logits, kind):
 @pytest.mark.parametrize("log_ratio", [-3.0, -0.4, 0.3, 2.0])
 def test_estimates_of_one_token_by_hand(log_ratio):
     """Oracle: Python's math module applied to the definitions, d = log pi - log pi_ref; derivatives by hand."""
-    value = {"k1": log_ratio, "k2": log_ratio**2 / 2, "k3": math.exp(-log_ratio) - 1 + log_ratio, "abs": abs(log_ratio)}
-    slope = {"k1": 1.0, "k2": log_ratio, "k3": 1 - math.exp(-log_ratio), "abs": math.copysign(1.0, log_ratio)}
+    value = {
+        "k1": log_ratio,
+        "k2": log_ratio**2 / 2,
+        "k3": math.exp(-log_ratio) - 1 + log_ratio,
+        "abs": abs(log_ratio),
+    }
+    slope = {
+        "k1": 1.0,
+        "k2": log_ratio,
+        "k3": 1 - math.exp(-log_ratio),
+        "abs": math.copysign(1.0, log_ratio),
+    }
     ref = torch.tensor([[-1.5]], dtype=torch.float64)
     for kind in KINDS:
         log_prob = (ref + log_ratio).requires_grad_()
@@ -83,7 +93,9 @@ def test_k3_mean_over_samples_agrees_within_its_standard_error():
     """Oracle: the exact KL; the tolerance is four standard errors of the mean of 20,000 samples."""
     logits, ref_logits = two_policies(3)
     pi, ref = Categorical(logits=logits), Categorical(logits=ref_logits)
-    tokens = torch.multinomial(pi.probs, 20_000, replacement=True, generator=torch.Generator().manual_seed(0))
+    tokens = torch.multinomial(
+        pi.probs, 20_000, replacement=True, generator=torch.Generator().manual_seed(0)
+    )
     for kind in ("k1", "k3"):
         sample = kl_estimate(pi.log_prob(tokens)[None], ref.log_prob(tokens)[None], kind)[0]
         error = (sample.mean() - kl_divergence(pi, ref)).abs()
@@ -160,7 +172,9 @@ def test_exact_kl_equals_torch_distributions():
     grad_z, grad_w = torch.autograd.grad(exact_kl(z, w).sum(), (z, w))
     log_p, log_q = torch.log_softmax(z.detach(), -1), torch.log_softmax(w.detach(), -1)
     p, q = log_p.exp(), log_q.exp()
-    torch.testing.assert_close(grad_z, p * (log_p - log_q - expected[..., None]), rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(
+        grad_z, p * (log_p - log_q - expected[..., None]), rtol=1e-11, atol=1e-13
+    )
     torch.testing.assert_close(grad_w, q - p, rtol=1e-11, atol=1e-13)
 
 
@@ -169,8 +183,12 @@ def test_exact_kl_in_both_directions_by_hand():
     """Oracle: the two sums written out for a coin of 3/4 against a fair one, which differ."""
     biased = torch.tensor([[[math.log(3.0), 0.0]]], dtype=torch.float64)
     fair = torch.zeros(1, 1, 2, dtype=torch.float64)
-    assert exact_kl(biased, fair).item() == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), rel=1e-12)
-    assert exact_kl(fair, biased).item() == pytest.approx(0.5 * math.log(2 / 3) + 0.5 * math.log(2), rel=1e-12)
+    assert exact_kl(biased, fair).item() == pytest.approx(
+        0.75 * math.log(1.5) + 0.25 * math.log(0.5), rel=1e-12
+    )
+    assert exact_kl(fair, biased).item() == pytest.approx(
+        0.5 * math.log(2 / 3) + 0.5 * math.log(2), rel=1e-12
+    )
 
 
 def test_exact_kl_equals_trl_distillation_loss():
@@ -178,7 +196,9 @@ def test_exact_kl_equals_trl_distillation_loss():
     gkd = pytest.importorskip("trl.experimental.gkd.gkd_trainer")
     generator = torch.Generator().manual_seed(4)
     student, teacher = torch.randn(2, 2, 3, 5, generator=generator, dtype=torch.float64)
-    expected = gkd.GKDTrainer.generalized_jsd_loss(student, teacher, beta=1, reduction="none").sum(-1)
+    expected = gkd.GKDTrainer.generalized_jsd_loss(student, teacher, beta=1, reduction="none").sum(
+        -1
+    )
     torch.testing.assert_close(exact_kl(student, teacher), expected, rtol=1e-11, atol=1e-13)
 
 
@@ -192,7 +212,9 @@ def test_hessian_of_exact_kl_at_the_old_policy_is_the_fisher_matrix():
         lambda z: exact_kl(logits[None, None], z[None, None]).sum(),
         lambda z: exact_kl(z[None, None], logits[None, None]).sum(),
     ):
-        torch.testing.assert_close(torch.func.hessian(function)(logits), fisher, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(
+            torch.func.hessian(function)(logits), fisher, rtol=1e-12, atol=1e-13
+        )
 
 
 @modest
@@ -207,7 +229,10 @@ def test_exact_kl_is_finite_and_not_negative_for_extreme_logits(logits, ref_logi
     """
     z, w = torch.from_numpy(logits).requires_grad_(), torch.from_numpy(ref_logits).requires_grad_()
     result = exact_kl(z, w)
-    log_p, log_q = log_softmax(logits.astype(np.float64), -1), log_softmax(ref_logits.astype(np.float64), -1)
+    log_p, log_q = (
+        log_softmax(logits.astype(np.float64), -1),
+        log_softmax(ref_logits.astype(np.float64), -1),
+    )
     expected = (np.exp(log_p) * (log_p - log_q)).sum(-1)
     np.testing.assert_allclose(result.detach().numpy(), expected, rtol=1e-4, atol=5e-3)
     assert (result >= -5e-3).all()
@@ -222,7 +247,9 @@ def test_exact_kl_where_probabilities_are_zero():
     both = exact_kl(torch.tensor([[[0.0, 1.0, never]]]), torch.tensor([[[0.5, 0.5, never]]]))
     expected = exact_kl(torch.tensor([[[0.0, 1.0]]]), torch.tensor([[[0.5, 0.5]]]))
     assert both.item() == pytest.approx(expected.item(), rel=1e-6)
-    assert exact_kl(torch.tensor([[[0.0, 0.0, never]]]), torch.zeros(1, 1, 3)).item() == pytest.approx(math.log(1.5))
+    assert exact_kl(
+        torch.tensor([[[0.0, 0.0, never]]]), torch.zeros(1, 1, 3)
+    ).item() == pytest.approx(math.log(1.5))
     assert exact_kl(torch.zeros(1, 1, 3), torch.tensor([[[0.0, 0.0, never]]])).item() == math.inf
 
 
@@ -274,7 +301,9 @@ def test_controller_updates_multiply():
     assert controller.coefficient == pytest.approx(0.05 * factors.prod(), rel=1e-12)
 
 
-@pytest.mark.parametrize(("name", "value"), [("target", 0.0), ("target", -1.0), ("horizon", 0), ("horizon", -5)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("target", 0.0), ("target", -1.0), ("horizon", 0), ("horizon", -5)]
+)
 def test_controller_rejects_what_it_would_divide_by(name, value):
     """Oracle: the specification: ValueError that names the argument."""
     with pytest.raises(ValueError, match=name):

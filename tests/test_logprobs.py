@@ -49,7 +49,9 @@ def test_token_log_probs_equal_a_categorical_distribution(temperature):
         return token_log_probs(z, tokens, temperature)
 
     torch.testing.assert_close(ours(logits), oracle(logits), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(gradient(ours, logits), gradient(oracle, logits), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        gradient(ours, logits), gradient(oracle, logits), rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.equation("eq:token-log-probs")
@@ -72,11 +74,15 @@ def test_token_log_probs_equal_trl(temperature):
     utils = pytest.importorskip("trl.trainer.utils")
     logits, tokens = random_logits(4, 6, 11, seed=3), random_tokens((4, 6), 11)
     expected = utils.selective_log_softmax(logits, tokens, temperature=temperature)
-    torch.testing.assert_close(token_log_probs(logits, tokens, temperature), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        token_log_probs(logits, tokens, temperature), expected, rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("shape", [(1, 1, 2), (1, 4200, 260), (4200, 1, 260), (3, 1025, 350), (1000, 3, 370)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 2), (1, 4200, 260), (4200, 1, 260), (3, 1025, 350), (1000, 3, 370)]
+)
 def test_chunking_changes_nothing(shape, temperature):
     """Oracle: Categorical on the whole tensor, from two logits to a million; value and gradient."""
     logits, tokens = random_logits(*shape), random_tokens(shape[:2], shape[2])
@@ -88,7 +94,9 @@ def test_chunking_changes_nothing(shape, temperature):
         return token_log_probs(z, tokens, temperature)
 
     torch.testing.assert_close(ours(logits), oracle(logits), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(gradient(ours, logits), gradient(oracle, logits), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        gradient(ours, logits), gradient(oracle, logits), rtol=1e-10, atol=1e-10
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -104,9 +112,13 @@ def test_half_precision_logits_are_scored_in_higher_precision(dtype, temperature
 
 def peak_new_memory(function):
     """Highest number of bytes alive at once that `function` allocated, from the profiler's allocation events."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as record:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as record:
         result = function()
-    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events = [
+        event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
     changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     del result
     return int(np.cumsum(changes).max())
@@ -128,8 +140,12 @@ def test_forward_pass_makes_no_second_logits_tensor(shape, dtype, temperature, r
     What autograd keeps for the backward pass counts too: chunks that are all kept are a second copy.
     """
     sequences, length, vocabulary = shape
-    model_output = torch.zeros(sequences, length + 1, vocabulary, dtype=dtype, requires_grad=requires_grad)
-    logits = model_output[:, :-1]  # as it comes from a language model: shifted, hence not contiguous
+    model_output = torch.zeros(
+        sequences, length + 1, vocabulary, dtype=dtype, requires_grad=requires_grad
+    )
+    logits = model_output[
+        :, :-1
+    ]  # as it comes from a language model: shifted, hence not contiguous
     tokens = torch.zeros(sequences, length, dtype=torch.int64)
     limit = logits.nbytes
     assert peak_new_memory(lambda: token_log_probs(logits, tokens, temperature)) < limit
@@ -159,14 +175,18 @@ def test_extreme_logits_stay_finite(logits, temperature):
 def test_a_token_ruled_out_by_its_logit_changes_nothing_for_the_others(temperature):
     """Oracle: the same distribution without that token, value and gradient; the ruled-out logit gets no gradient."""
     logits, tokens = random_logits(2, 3, 5), random_tokens((2, 3), 4)
-    ruled_out = torch.cat([logits[..., :4], torch.full((2, 3, 1), -float("inf"), dtype=torch.float64)], -1)
+    ruled_out = torch.cat(
+        [logits[..., :4], torch.full((2, 3, 1), -float("inf"), dtype=torch.float64)], -1
+    )
 
     def ours(z):
         return token_log_probs(z, tokens, temperature)
 
     torch.testing.assert_close(ours(ruled_out), ours(logits[..., :4]), rtol=1e-12, atol=1e-12)
     slope = gradient(ours, ruled_out)
-    torch.testing.assert_close(slope[..., :4], gradient(ours, logits[..., :4]), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        slope[..., :4], gradient(ours, logits[..., :4]), rtol=1e-12, atol=1e-12
+    )
     assert (slope[..., 4] == 0).all()
 
 
@@ -196,14 +216,18 @@ def test_entropy_equals_a_categorical_distribution():
     z = logits.clone().requires_grad_()
     entropy(z).sum().backward()
     log_p = torch.log_softmax(logits, -1)
-    torch.testing.assert_close(z.grad, -log_p.exp() * (log_p + expected[..., None]), rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(
+        z.grad, -log_p.exp() * (log_p + expected[..., None]), rtol=1e-11, atol=1e-12
+    )
 
 
 def test_entropy_equals_trl():
     """Oracle: trl.trainer.utils.entropy_from_logits."""
     utils = pytest.importorskip("trl.trainer.utils")
     logits = random_logits(4, 6, 11)
-    torch.testing.assert_close(entropy(logits), utils.entropy_from_logits(logits), rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(
+        entropy(logits), utils.entropy_from_logits(logits), rtol=1e-11, atol=1e-12
+    )
 
 
 @pytest.mark.equation("eq:entropy")
@@ -220,7 +244,9 @@ def test_tokens_of_probability_zero_add_no_entropy():
     """Oracle: the entropy of the remaining tokens, value and gradient; 0 log 0 counts as 0."""
     logits = random_logits(2, 3, 4)
     ruled_out = torch.cat([logits, torch.full((2, 3, 1), -float("inf"), dtype=torch.float64)], -1)
-    torch.testing.assert_close(entropy(ruled_out), Categorical(logits=logits).entropy(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        entropy(ruled_out), Categorical(logits=logits).entropy(), rtol=1e-12, atol=1e-12
+    )
     slope = gradient(entropy, ruled_out)
     torch.testing.assert_close(slope[..., :4], gradient(entropy, logits), rtol=1e-11, atol=1e-12)
     assert (slope[..., 4] == 0).all()
@@ -248,7 +274,9 @@ def test_masked_mean_equals_numpy_masked_arrays(dim):
     values = random_logits(3, 5)
     mask = torch.tensor([[1, 1, 0, 1, 0], [0, 1, 1, 0, 0], [1, 0, 0, 1, 1]])
     expected = np.ma.array(values.numpy(), mask=~mask.bool().numpy()).mean(axis=dim)
-    np.testing.assert_allclose(masked_mean(values, mask, dim).numpy(), np.asarray(expected), rtol=1e-13)
+    np.testing.assert_allclose(
+        masked_mean(values, mask, dim).numpy(), np.asarray(expected), rtol=1e-13
+    )
     x = values.clone().requires_grad_()
     masked_mean(x, mask, dim).sum().backward()
     count = mask.sum() if dim is None else mask.sum(dim, keepdim=True)
@@ -289,7 +317,9 @@ def test_masked_mean_equals_the_mean_of_what_is_left(values, mask):
 def subset_whiten(values, mask, shift_mean, eps):
     chosen = values[mask.bool()]
     mean = chosen.mean()
-    return (chosen - mean) / torch.sqrt(chosen.var(unbiased=True) + eps) + (0.0 if shift_mean else mean)
+    return (chosen - mean) / torch.sqrt(chosen.var(unbiased=True) + eps) + (
+        0.0 if shift_mean else mean
+    )
 
 
 @pytest.mark.equation("eq:masked-whiten")
@@ -307,7 +337,9 @@ def test_masked_whiten_equals_whitening_the_selected_entries(shift_mean, eps):
         return masked_whiten(x, mask, shift_mean, eps)[mask.bool()]
 
     torch.testing.assert_close(ours(values), oracle(values), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(gradient(ours, values), gradient(oracle, values), rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(
+        gradient(ours, values), gradient(oracle, values), rtol=1e-10, atol=1e-11
+    )
 
 
 @pytest.mark.equation("eq:masked-whiten")
@@ -352,7 +384,9 @@ def test_garbage_under_the_mask_leaks_into_neither_value_nor_gradient(function, 
 
 
 @pytest.mark.parametrize("function", [masked_mean, masked_whiten])
-@pytest.mark.parametrize("mask", [torch.zeros(2, 3), torch.ones(2, 4), torch.ones(3), torch.ones(2, 1)])
+@pytest.mark.parametrize(
+    "mask", [torch.zeros(2, 3), torch.ones(2, 4), torch.ones(3), torch.ones(2, 1)]
+)
 def test_masked_functions_reject_an_empty_or_misshapen_mask(function, mask):
     """Oracle: the specification: ValueError that names the argument."""
     with pytest.raises(ValueError, match="mask"):
@@ -373,7 +407,11 @@ def test_one_entry_cannot_be_whitened():
 
 def test_inputs_are_left_as_they_were():
     """Oracle: copies made before the calls."""
-    logits, tokens, mask = random_logits(2, 3, 5), random_tokens((2, 3), 5), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    logits, tokens, mask = (
+        random_logits(2, 3, 5),
+        random_tokens((2, 3), 5),
+        torch.tensor([[1, 1, 0], [1, 0, 0]]),
+    )
     before = [logits.clone(), tokens.clone(), mask.clone()]
     token_log_probs(logits, tokens, 0.7)
     entropy(logits)

@@ -19,7 +19,9 @@ MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]])
 
 
 def random_tensors(count, seed=0, shape=(3, 4)):
-    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(
+        count, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 def ppo_batch(seed=0):
@@ -53,7 +55,9 @@ def test_policy_gradient_loss_is_minus_the_mean_of_advantage_times_log_prob(mask
         for i, t in itertools.product(range(3), range(4))
         if counted[i, t]
     ]
-    value, gradient = value_and_gradient(lambda x: policy_gradient_loss(x, advantages, mask), log_probs)
+    value, gradient = value_and_gradient(
+        lambda x: policy_gradient_loss(x, advantages, mask), log_probs
+    )
     assert value.shape == ()
     assert value.item() == pytest.approx(np.mean(terms), rel=1e-12)
     torch.testing.assert_close(gradient, -advantages * counted / len(terms), rtol=1e-12, atol=0)
@@ -68,7 +72,8 @@ def test_its_expected_gradient_is_the_gradient_of_the_expected_reward(baseline):
     (true,) = torch.autograd.grad((torch.softmax(logits, -1) * rewards).sum(), logits)
     log_p = torch.log_softmax(logits, -1)
     expected_loss = sum(
-        log_p[a].exp().detach() * policy_gradient_loss(log_p[a].reshape(1, 1), (rewards[a] - baseline).reshape(1, 1))
+        log_p[a].exp().detach()
+        * policy_gradient_loss(log_p[a].reshape(1, 1), (rewards[a] - baseline).reshape(1, 1))
         for a in range(4)
     )
     (found,) = torch.autograd.grad(expected_loss, logits)
@@ -116,7 +121,9 @@ def test_the_four_cases_of_clipping(advantage, ratio, loss, slope):
 def loop_ppo(log_probs, old, advantages, mask, low, high, dual_clip):
     """The definition, one token at a time."""
     terms = []
-    for x, y, a, m in zip(*(np.asarray(z).flatten() for z in (log_probs, old, advantages, mask)), strict=True):
+    for x, y, a, m in zip(
+        *(np.asarray(z).flatten() for z in (log_probs, old, advantages, mask)), strict=True
+    ):
         if m:
             r = math.exp(x - y)
             term = min(r * a, max(1 - low, min(r, 1 + high)) * a)
@@ -138,7 +145,9 @@ def central_differences(function, x, step=1e-6):
 
 @pytest.mark.equation("eq:ppo-clip")
 @pytest.mark.equation("eq:dual-clip")
-@pytest.mark.parametrize(("clip", "clip_high", "dual_clip"), [(0.2, None, None), (0.2, 0.28, None), (0.1, None, 1.3)])
+@pytest.mark.parametrize(
+    ("clip", "clip_high", "dual_clip"), [(0.2, None, None), (0.2, 0.28, None), (0.1, None, 1.3)]
+)
 @pytest.mark.parametrize("mask", [None, MASK])
 def test_ppo_loss_equals_a_loop_and_its_finite_differences(clip, clip_high, dual_clip, mask):
     """Oracle: a loop over tokens in Python floats; central differences of that loop for the gradient."""
@@ -150,10 +159,13 @@ def test_ppo_loss_equals_a_loop_and_its_finite_differences(clip, clip_high, dual
         return loop_ppo(x, old, advantages, counted, clip, high, dual_clip)
 
     value, gradient = value_and_gradient(
-        lambda x: ppo_clip_loss(x, old, advantages, mask, clip, clip_high, dual_clip).loss, log_probs
+        lambda x: ppo_clip_loss(x, old, advantages, mask, clip, clip_high, dual_clip).loss,
+        log_probs,
     )
     assert value.item() == pytest.approx(oracle(log_probs.numpy()), rel=1e-12)
-    np.testing.assert_allclose(gradient.numpy(), central_differences(oracle, log_probs.numpy()), rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(
+        gradient.numpy(), central_differences(oracle, log_probs.numpy()), rtol=1e-6, atol=1e-8
+    )
 
 
 def trl_loss(log_probs, old, advantages, mask, clip, clip_high, delta):
@@ -164,27 +176,43 @@ def trl_loss(log_probs, old, advantages, mask, clip, clip_high, delta):
         return x
 
     trainer = object.__new__(GRPOTrainer)
-    trainer._get_per_token_logps_and_entropies = lambda *_, **__: (log_probs, torch.zeros_like(log_probs), None)
+    trainer._get_per_token_logps_and_entropies = lambda *_, **__: (
+        log_probs,
+        torch.zeros_like(log_probs),
+        None,
+    )
     trainer.aux_loss_enabled = trainer.use_vllm = trainer._entropy_bonus_enabled = False
     trainer.vllm_importance_sampling_correction = False
     trainer.top_entropy_quantile, trainer.off_policy_mask_threshold, trainer.beta = 1.0, None, 0.0
     trainer.importance_sampling_level, trainer.loss_type = "token", "bnpo"
     trainer.epsilon_low, trainer.epsilon_high = clip, clip if clip_high is None else clip_high
-    trainer.args = SimpleNamespace(delta=delta, use_bias_correction_kl=False, steps_per_generation=1)
+    trainer.args = SimpleNamespace(
+        delta=delta, use_bias_correction_kl=False, steps_per_generation=1
+    )
     trainer.model, trainer.current_gradient_accumulation_steps = SimpleNamespace(training=True), 1
-    trainer.accelerator = SimpleNamespace(num_processes=1, gather=same, gather_for_metrics=same, reduce=same)
+    trainer.accelerator = SimpleNamespace(
+        num_processes=1, gather=same, gather_for_metrics=same, reduce=same
+    )
     names = ["entropy", "low_mean", "high_mean", "region_mean", "low_min", "high_max"]
-    trainer._metrics = {"train": {name if name == "entropy" else f"clip_ratio/{name}": [] for name in names}}
+    trainer._metrics = {
+        "train": {name if name == "entropy" else f"clip_ratio/{name}": [] for name in names}
+    }
     ids = torch.zeros(log_probs.shape, dtype=torch.int64)
     batch = {"prompt_ids": ids, "prompt_mask": ids, "completion_ids": ids, "completion_mask": mask}
-    batch |= {"advantages": advantages, "old_per_token_logps": old, "num_items_in_batch": mask.sum()}
+    batch |= {
+        "advantages": advantages,
+        "old_per_token_logps": old,
+        "num_items_in_batch": mask.sum(),
+    }
     loss = GRPOTrainer._compute_loss(trainer, None, batch)
     return loss, trainer._metrics["train"]["clip_ratio/region_mean"][0]
 
 
 @pytest.mark.equation("eq:ppo-clip")
 @pytest.mark.equation("eq:dual-clip")
-@pytest.mark.parametrize(("clip", "clip_high", "dual_clip"), [(0.2, None, None), (0.2, 0.28, None), (0.2, None, 1.5)])
+@pytest.mark.parametrize(
+    ("clip", "clip_high", "dual_clip"), [(0.2, None, None), (0.2, 0.28, None), (0.2, None, 1.5)]
+)
 @pytest.mark.parametrize("seed", range(3))
 def test_ppo_loss_equals_trl(clip, clip_high, dual_clip, seed):
     """Oracle: TRL's GRPOTrainer._compute_loss, value, gradient and clip fraction; its `delta` is the dual clip.
@@ -197,19 +225,26 @@ def test_ppo_loss_equals_trl(clip, clip_high, dual_clip, seed):
         lambda x: trl_loss(x, old, advantages, MASK, clip, clip_high, dual_clip)[0], log_probs
     )
     value, gradient = value_and_gradient(
-        lambda x: ppo_clip_loss(x, old, advantages, MASK, clip, clip_high, dual_clip).loss, log_probs
+        lambda x: ppo_clip_loss(x, old, advantages, MASK, clip, clip_high, dual_clip).loss,
+        log_probs,
     )
     torch.testing.assert_close(value, expected, rtol=1e-13, atol=1e-15)
     torch.testing.assert_close(gradient, slope, rtol=1e-12, atol=1e-15)
-    fraction = ppo_clip_loss(log_probs, old, advantages, MASK, clip, clip_high, dual_clip).clip_fraction
-    assert float(fraction) == pytest.approx(trl_loss(log_probs, old, advantages, MASK, clip, clip_high, None)[1])
+    fraction = ppo_clip_loss(
+        log_probs, old, advantages, MASK, clip, clip_high, dual_clip
+    ).clip_fraction
+    assert float(fraction) == pytest.approx(
+        trl_loss(log_probs, old, advantages, MASK, clip, clip_high, None)[1]
+    )
 
 
 @pytest.mark.equation("eq:ppo-clip")
 def test_on_policy_the_gradient_is_the_policy_gradient():
     """Oracle: at ratio 1 the surrogate's gradient is -A / count, and its value minus the mean advantage."""
     log_probs, advantages = random_tensors(2)
-    value, gradient = value_and_gradient(lambda x: ppo_clip_loss(x, log_probs, advantages, MASK).loss, log_probs)
+    value, gradient = value_and_gradient(
+        lambda x: ppo_clip_loss(x, log_probs, advantages, MASK).loss, log_probs
+    )
     assert value.item() == pytest.approx(-advantages[MASK.bool()].mean().item(), rel=1e-12)
     torch.testing.assert_close(gradient, -advantages * MASK / MASK.sum(), rtol=1e-12, atol=0)
 
@@ -219,13 +254,17 @@ def test_dual_clip_bounds_the_loss_of_a_bad_action_that_became_likely():
     """Oracle: by hand: for A = -2 and r = 10 the loss is 20, with c = 3 it is 6 and has no gradient."""
     log_ratio, old, advantage = single(math.log(10.0)), single(0.0), single(-2.0)
     free, slope = value_and_gradient(lambda x: ppo_clip_loss(x, old, advantage).loss, log_ratio)
-    bounded, flat = value_and_gradient(lambda x: ppo_clip_loss(x, old, advantage, dual_clip=3.0).loss, log_ratio)
+    bounded, flat = value_and_gradient(
+        lambda x: ppo_clip_loss(x, old, advantage, dual_clip=3.0).loss, log_ratio
+    )
     assert (free.item(), slope.item()) == pytest.approx((20.0, 20.0), rel=1e-12)
     assert (bounded.item(), flat.item()) == pytest.approx((6.0, 0.0), rel=1e-12)
 
 
 @pytest.mark.equation("eq:dual-clip")
-@pytest.mark.parametrize(("advantage", "ratio"), [(-2.0, 2.9), (-2.0, 0.1), (2.0, 10.0), (2.0, 0.1), (0.0, 10.0)])
+@pytest.mark.parametrize(
+    ("advantage", "ratio"), [(-2.0, 2.9), (-2.0, 0.1), (2.0, 10.0), (2.0, 0.1), (0.0, 10.0)]
+)
 def test_dual_clip_changes_nothing_elsewhere(advantage, ratio):
     """Oracle: the plain clipped loss, where A >= 0 or r < c."""
     log_ratio, old, a = single(math.log(ratio)), single(0.0), single(advantage)
@@ -255,7 +294,9 @@ def test_clip_fraction_uses_each_side_of_an_asymmetric_range():
     """Oracle: by hand: with clip 0.2 and clip_high 0.5, of (1.3, 0.7, 1.6) the last two are cut for A = (1, -1, 1)."""
     log_ratios = torch.tensor([[1.3, 0.7, 1.6]], dtype=torch.float64).log()
     advantages = torch.tensor([[1.0, -1.0, 1.0]], dtype=torch.float64)
-    result = ppo_clip_loss(log_ratios, torch.zeros(1, 3).double(), advantages, clip=0.2, clip_high=0.5)
+    result = ppo_clip_loss(
+        log_ratios, torch.zeros(1, 3).double(), advantages, clip=0.2, clip_high=0.5
+    )
     assert float(result.clip_fraction) == pytest.approx(2 / 3)
 
 
@@ -307,13 +348,23 @@ def test_diagnostics_carry_no_gradient():
     advantages=hnp.arrays(np.float32, (2, 3), elements=st.floats(-10, 10, width=32)),
     dual_clip=st.sampled_from([None, 3.0]),
 )
-@example(log_ratios=np.full((2, 3), 80, np.float32), advantages=np.full((2, 3), -1, np.float32), dual_clip=None)
-@example(log_ratios=np.full((2, 3), 80, np.float32), advantages=np.full((2, 3), 1, np.float32), dual_clip=None)
+@example(
+    log_ratios=np.full((2, 3), 80, np.float32),
+    advantages=np.full((2, 3), -1, np.float32),
+    dual_clip=None,
+)
+@example(
+    log_ratios=np.full((2, 3), 80, np.float32),
+    advantages=np.full((2, 3), 1, np.float32),
+    dual_clip=None,
+)
 def test_extreme_ratios_give_finite_losses_and_gradients(log_ratios, advantages, dual_clip):
     """Oracle: the loop over tokens in Python floats; for the gradient, that it is finite, as the true one is."""
     log_probs, old = torch.from_numpy(log_ratios).requires_grad_(), torch.zeros(2, 3)
     result = ppo_clip_loss(log_probs, old, torch.from_numpy(advantages), dual_clip=dual_clip)
-    expected = loop_ppo(log_ratios.astype(float), old, advantages.astype(float), np.ones(6), 0.2, 0.2, dual_clip)
+    expected = loop_ppo(
+        log_ratios.astype(float), old, advantages.astype(float), np.ones(6), 0.2, 0.2, dual_clip
+    )
     scale = float(np.abs(advantages).max()) * math.exp(max(0.0, log_ratios.max()))
     assert result.loss.item() == pytest.approx(expected, rel=1e-4, abs=1e-5 * scale + 1e-6)
     assert math.isfinite(result.approx_kl)
@@ -327,7 +378,9 @@ def test_extreme_ratios_give_finite_losses_and_gradients(log_ratios, advantages,
 
 def loop_value_loss(values, old, returns, mask, clip):
     terms = []
-    for v, o, g, m in zip(*(np.asarray(z).flatten() for z in (values, old, returns, mask)), strict=True):
+    for v, o, g, m in zip(
+        *(np.asarray(z).flatten() for z in (values, old, returns, mask)), strict=True
+    ):
         if m:
             error = (v - g) ** 2
             if clip is not None:
@@ -350,7 +403,9 @@ def test_value_loss_equals_a_loop_and_its_finite_differences(clip, mask):
     value, gradient = value_and_gradient(lambda x: value_loss(x, old, returns, mask, clip), values)
     assert value.shape == ()
     assert value.item() == pytest.approx(oracle(values.numpy()), rel=1e-12)
-    np.testing.assert_allclose(gradient.numpy(), central_differences(oracle, values.numpy()), rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(
+        gradient.numpy(), central_differences(oracle, values.numpy()), rtol=1e-6, atol=1e-8
+    )
 
 
 @pytest.mark.equation("eq:value-loss")
@@ -358,7 +413,9 @@ def test_value_loss_without_clipping_is_half_the_mean_squared_error():
     """Oracle: torch.nn.functional.mse_loss on the unmasked entries; old values play no part."""
     values, old, returns = random_tensors(3)
     chosen = MASK.bool()
-    expected, slope = value_and_gradient(lambda x: torch.nn.functional.mse_loss(x[chosen], returns[chosen]) / 2, values)
+    expected, slope = value_and_gradient(
+        lambda x: torch.nn.functional.mse_loss(x[chosen], returns[chosen]) / 2, values
+    )
     value, gradient = value_and_gradient(lambda x: value_loss(x, old, returns, MASK), values)
     torch.testing.assert_close(value, expected, rtol=1e-13, atol=0)
     torch.testing.assert_close(gradient, slope, rtol=1e-12, atol=1e-15)
@@ -377,7 +434,9 @@ def test_value_loss_without_clipping_is_half_the_mean_squared_error():
 )
 def test_the_cases_of_value_clipping(value, target, loss, slope):
     """Oracle: half the larger squared error, worked out by hand with old value 0 and clip 0.2."""
-    found, gradient = value_and_gradient(lambda x: value_loss(x, single(0.0), single(target), clip=0.2), single(value))
+    found, gradient = value_and_gradient(
+        lambda x: value_loss(x, single(0.0), single(target), clip=0.2), single(value)
+    )
     assert found.item() == pytest.approx(loss, rel=1e-12)
     assert gradient.item() == pytest.approx(slope, abs=1e-12)
 
@@ -437,7 +496,9 @@ def test_masks_of_any_type_mean_the_same(name, dtype):
     """Oracle: the loss of the unmasked entries alone, as one row without a mask."""
     tensors = random_tensors(3)
     chosen = [x[MASK.bool()][None] for x in tensors]
-    assert call(name, tensors, MASK.to(dtype)).item() == pytest.approx(call(name, chosen, None).item(), rel=1e-12)
+    assert call(name, tensors, MASK.to(dtype)).item() == pytest.approx(
+        call(name, chosen, None).item(), rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -450,7 +511,9 @@ def test_every_token_weighs_the_same(name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("mask", [torch.zeros(2, 3), torch.ones(2, 4), torch.ones(3), torch.ones(2, 1)])
+@pytest.mark.parametrize(
+    "mask", [torch.zeros(2, 3), torch.ones(2, 4), torch.ones(3), torch.ones(2, 1)]
+)
 def test_an_empty_or_misshapen_mask_is_named(name, mask):
     """Oracle: the specification: ValueError that names the argument."""
     with pytest.raises(ValueError, match="mask"):
@@ -479,7 +542,14 @@ def test_unequal_shapes_are_named(name, argument, shape):
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("clip", 0.0), ("clip", -0.2), ("clip_high", 0.0), ("clip_high", -0.1), ("dual_clip", 1.0), ("dual_clip", 0.5)],
+    [
+        ("clip", 0.0),
+        ("clip", -0.2),
+        ("clip_high", 0.0),
+        ("clip_high", -0.1),
+        ("dual_clip", 1.0),
+        ("dual_clip", 0.5),
+    ],
 )
 def test_ppo_options_out_of_range_are_named(option, value):
     """Oracle: the specification: ValueError that names the argument."""

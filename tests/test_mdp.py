@@ -39,8 +39,12 @@ def test_advantages_average_to_zero_under_the_policy():
     policy = random_policy(1)
     advantages = world.advantages(CORRIDOR, policy)
     torch.testing.assert_close((policy * advantages).sum(1), torch.zeros(5, dtype=torch.float64))
-    from_two = world.MDP(CORRIDOR.transitions, CORRIDOR.rewards, torch.eye(5, dtype=torch.float64)[2], CORRIDOR.gamma)
-    after_right = world.MDP(CORRIDOR.transitions, CORRIDOR.rewards, CORRIDOR.transitions[2, 1], CORRIDOR.gamma)
+    from_two = world.MDP(
+        CORRIDOR.transitions, CORRIDOR.rewards, torch.eye(5, dtype=torch.float64)[2], CORRIDOR.gamma
+    )
+    after_right = world.MDP(
+        CORRIDOR.transitions, CORRIDOR.rewards, CORRIDOR.transitions[2, 1], CORRIDOR.gamma
+    )
     stays, _ = by_simulation(from_two, policy)
     goes, _ = by_simulation(after_right, policy)
     deviating = CORRIDOR.rewards[2, 1].item() + CORRIDOR.gamma * goes - stays
@@ -80,7 +84,9 @@ def test_bound_holds_and_its_penalty_is_the_theorem_s(seed):
     old, new = random_policy(seed), random_policy(100 + seed, sharpness=2.0)
     bound = world.lower_bound(CORRIDOR, old, new).item()
     assert bound <= world.objective(CORRIDOR, new).item() + 1e-12
-    worst_kl = max(sum(p * (p / q).log() for p, q in zip(old[s], new[s], strict=True)).item() for s in range(5))
+    worst_kl = max(
+        sum(p * (p / q).log() for p, q in zip(old[s], new[s], strict=True)).item() for s in range(5)
+    )
     worst_advantage = max(abs(x) for row in world.advantages(CORRIDOR, old).tolist() for x in row)
     penalty = 4 * worst_advantage * 0.9 / 0.1**2 * worst_kl
     assert world.surrogate(CORRIDOR, old, new).item() - bound == pytest.approx(penalty)
@@ -89,7 +95,9 @@ def test_bound_holds_and_its_penalty_is_the_theorem_s(seed):
 @pytest.mark.equation("eq:performance-bound")
 def test_without_a_future_the_surrogate_is_exact_and_the_penalty_zero():
     """Oracle: at γ = 0 the objective is one expected reward, linear in the policy."""
-    bandit = world.MDP(CORRIDOR.transitions, CORRIDOR.rewards, torch.full((5,), 0.2, dtype=torch.float64), 0.0)
+    bandit = world.MDP(
+        CORRIDOR.transitions, CORRIDOR.rewards, torch.full((5,), 0.2, dtype=torch.float64), 0.0
+    )
     old, new = random_policy(5), random_policy(6)
     objective = world.objective(bandit, new)
     torch.testing.assert_close(world.surrogate(bandit, old, new), objective)
@@ -105,8 +113,14 @@ def test_without_a_future_the_surrogate_is_exact_and_the_penalty_zero():
         (lambda: world.objective(CORRIDOR, torch.ones(5, 2, dtype=torch.float64)), "policy"),
         (lambda: world.objective(CORRIDOR, torch.ones(5, dtype=torch.float64)), "policy"),
         (lambda: world.surrogate(CORRIDOR, random_policy(0), random_policy(0)[:4]), "new_policy"),
-        (lambda: world.MDP(CORRIDOR.transitions[:4], CORRIDOR.rewards, CORRIDOR.start, 0.9), "transitions"),
-        (lambda: world.MDP(CORRIDOR.transitions * 2, CORRIDOR.rewards, CORRIDOR.start, 0.9), "transitions"),
+        (
+            lambda: world.MDP(CORRIDOR.transitions[:4], CORRIDOR.rewards, CORRIDOR.start, 0.9),
+            "transitions",
+        ),
+        (
+            lambda: world.MDP(CORRIDOR.transitions * 2, CORRIDOR.rewards, CORRIDOR.start, 0.9),
+            "transitions",
+        ),
     ],
 )
 def test_bad_input_is_named(call, name):

@@ -11,7 +11,9 @@ from rlhf_helpers.worlds.bandits import GaussianBandit, ten_arms
 def run(baseline, offset=0.0, batch_size=4, runs=20, steps=300, seed=0):
     bandit = ten_arms(runs, offset=offset, seed=1)
     logits = torch.zeros(runs, 10, dtype=torch.float64)
-    config = reinforce.Config(steps=steps, batch_size=batch_size, learning_rate=0.2, baseline=baseline, seed=seed)
+    config = reinforce.Config(
+        steps=steps, batch_size=batch_size, learning_rate=0.2, baseline=baseline, seed=seed
+    )
     return bandit, logits, list(reinforce.train(logits, bandit, config))
 
 
@@ -85,11 +87,16 @@ def test_epsilon_one_is_uniform():
 def test_ucb_tries_every_arm_once_and_then_follows_its_formula():
     """Oracle: a plain loop with the textbook formula on one noiseless bandit."""
     means = [0.1, 0.5, 0.4]
-    actions = ucb(GaussianBandit(torch.tensor([means], dtype=torch.float64), noise_std=0.0), 60, width=0.7)[0].tolist()
+    actions = ucb(
+        GaussianBandit(torch.tensor([means], dtype=torch.float64), noise_std=0.0), 60, width=0.7
+    )[0].tolist()
     assert sorted(actions[:3]) == [0, 1, 2]
     counts = [1, 1, 1]
     for t in range(3, 60):
-        scores = [means[a] + 0.7 * (torch.tensor(t + 1.0).log().item() / counts[a]) ** 0.5 for a in range(3)]
+        scores = [
+            means[a] + 0.7 * (torch.tensor(t + 1.0).log().item() / counts[a]) ** 0.5
+            for a in range(3)
+        ]
         assert actions[t] == max(range(3), key=scores.__getitem__)
         counts[actions[t]] += 1
 

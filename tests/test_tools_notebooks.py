@@ -12,12 +12,17 @@ from nbclient.exceptions import CellExecutionError
 
 def write_notebook(path, *sources):
     path.parent.mkdir(parents=True, exist_ok=True)
-    nbrun.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources]), path)
+    nbrun.write(
+        nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources]),
+        path,
+    )
     return path
 
 
 def test_execute_leaves_the_file_alone_and_measures_the_kernel(tmp_path):
-    path = write_notebook(tmp_path / "a.ipynb", "block = bytearray(300 * 2**20)", "print(len(block) // 2**20)")
+    path = write_notebook(
+        tmp_path / "a.ipynb", "block = bytearray(300 * 2**20)", "print(len(block) // 2**20)"
+    )
     before = path.read_text()
     own = bytearray(600 * 2**20)  # what this process holds is not the kernel's
     nb, seconds, peak = nbrun.execute(path)
@@ -35,7 +40,9 @@ def test_a_failing_cell_is_an_error(tmp_path):
 
 
 def test_storing_twice_gives_the_same_bytes(tmp_path):
-    path = write_notebook(tmp_path / "a.ipynb", "import pylab\npylab.plot([1, 2])\npylab.show()", "object()")
+    path = write_notebook(
+        tmp_path / "a.ipynb", "import pylab\npylab.plot([1, 2])\npylab.show()", "object()"
+    )
     stored = []
     for _ in range(2):
         refresh.refresh(path, "tiny", tmp_path / "measured.json")
@@ -50,12 +57,18 @@ def test_a_measurement_is_rounded_up_with_room_to_spare():
 
 
 def test_the_recorded_value_stays_while_it_still_describes_the_run():
-    assert [refresh.rung(measured, 20, refresh.SECONDS) for measured in (8.1, 14, 20)] == [20, 20, 20]
+    assert [refresh.rung(measured, 20, refresh.SECONDS) for measured in (8.1, 14, 20)] == [
+        20,
+        20,
+        20,
+    ]
     assert refresh.rung(20.1, 20, refresh.SECONDS) == 30
     assert refresh.rung(3.0, 20, refresh.SECONDS) == 10
 
 
-@pytest.mark.parametrize("ladder", [refresh.SECONDS, refresh.MEBIBYTES], ids=["seconds", "mebibytes"])
+@pytest.mark.parametrize(
+    "ladder", [refresh.SECONDS, refresh.MEBIBYTES], ids=["seconds", "mebibytes"]
+)
 def test_measuring_the_same_again_never_changes_the_record(ladder):
     for tenths in range(ladder[0] * 5, ladder[-1] * 7, 7):
         value = refresh.rung(tenths / 10, None, ladder)

@@ -23,8 +23,14 @@ def make_notebook():
     code = nbformat.v4.new_code_cell("run()")
     code.outputs = [
         output("stream", text="forty-two\nwords\n"),
-        output("display_data", {"text/markdown": "The mean is **1.5**.", "text/plain": "<Markdown object>"}),
-        output("display_data", {"image/png": base64.b64encode(PIXEL).decode(), "text/plain": "<Figure>"}),
+        output(
+            "display_data",
+            {"text/markdown": "The mean is **1.5**.", "text/plain": "<Markdown object>"},
+        ),
+        output(
+            "display_data",
+            {"image/png": base64.b64encode(PIXEL).decode(), "text/plain": "<Figure>"},
+        ),
     ]
     prose = nbformat.v4.new_markdown_cell("# Page\n\nA $y$.\n\n$$\nx\n$$ (eq:one)\n")
     return nbformat.v4.new_notebook(cells=[prose, code])
@@ -38,7 +44,9 @@ def site(tmp_path):
     (tmp_path / "_toc.yml").write_text("root: page\n")
     nbformat.write(make_notebook(), tmp_path / "page.ipynb")
     (html / "page.html").write_text(PAGE)
-    (html / "s.css").write_text("/* url(https://example.org/comment.png) */ body { background: url('mathjax.js') }")
+    (html / "s.css").write_text(
+        "/* url(https://example.org/comment.png) */ body { background: url('mathjax.js') }"
+    )
     (html / "mathjax.js").write_text("")
     (html / FIGURE).write_bytes(PIXEL)
     return tmp_path
@@ -58,7 +66,11 @@ def test_a_sound_site_has_no_problem(site):
         ("forty-two words", "forty-three words", "the output of cell 1 is not on the page"),
         ("<strong>1.5</strong>", "<strong>1.6</strong>", "the output of cell 1 is not on the page"),
         (f'<img src="{FIGURE}">', "", "the figure of cell 1 is not on the page"),
-        ('<div class="math" id="equation-eq-one">x</div>', "", "formulas in the source, 0 and 1 on the page"),
+        (
+            '<div class="math" id="equation-eq-one">x</div>',
+            "",
+            "formulas in the source, 0 and 1 on the page",
+        ),
         ('<span class="math">y</span>', "$y$", "formulas in the source, 1 and 0 on the page"),
         ("equation-eq-one", "equation-eq-two", "the equation eq:one is not on the page"),
         ('<script src="mathjax.js"></script>', "", "no script to typeset them"),
@@ -67,14 +79,42 @@ def test_a_sound_site_has_no_problem(site):
         (FIGURE, "gone.png", "loads a file that is not there: gone.png"),
         ("mathjax.js", "mathjax-gone.js", "loads a file that is not there: mathjax-gone.js"),
         ("s.css", "gone.css", "loads a file that is not there: gone.css"),
-        ("mathjax.js", "https://cdn.example.org/mathjax.js", "loads from another host: https://cdn.example.org/mathjax.js"),
+        (
+            "mathjax.js",
+            "https://cdn.example.org/mathjax.js",
+            "loads from another host: https://cdn.example.org/mathjax.js",
+        ),
         ("s.css", "//example.org/s.css", "loads from another host: //example.org/s.css"),
-        ("<body>", '<body><img src="https://example.org/badge.svg">', "loads from another host: https://example.org/badge"),
-        ("<body>", '<body><iframe src="https://example.org"></iframe>', "loads from another host: https://example.org"),
-        ("<body>", '<body style="background: url(http://example.org/a.png)">', "loads from another host: http://example"),
-        ("<head>", '<head><link rel="preconnect" href="https://fonts.example.org">', "loads from another host: https://fonts"),
-        ("<head>", "<head><style>@import 'https://example.org/a.css';</style>", "loads from another host: https://example.org/a"),
-        ('<img src="', '<img srcset="https://example.org/2x.png 2x" src="', "loads from another host: https://example.org/2x"),
+        (
+            "<body>",
+            '<body><img src="https://example.org/badge.svg">',
+            "loads from another host: https://example.org/badge",
+        ),
+        (
+            "<body>",
+            '<body><iframe src="https://example.org"></iframe>',
+            "loads from another host: https://example.org",
+        ),
+        (
+            "<body>",
+            '<body style="background: url(http://example.org/a.png)">',
+            "loads from another host: http://example",
+        ),
+        (
+            "<head>",
+            '<head><link rel="preconnect" href="https://fonts.example.org">',
+            "loads from another host: https://fonts",
+        ),
+        (
+            "<head>",
+            "<head><style>@import 'https://example.org/a.css';</style>",
+            "loads from another host: https://example.org/a",
+        ),
+        (
+            '<img src="',
+            '<img srcset="https://example.org/2x.png 2x" src="',
+            "loads from another host: https://example.org/2x",
+        ),
     ],
 )
 def test_damage_to_the_page_is_found(site, old, new, problem):
@@ -86,7 +126,10 @@ def test_damage_to_the_page_is_found(site, old, new, problem):
 @pytest.mark.parametrize(
     ("style", "problem"),
     [
-        ("@font-face { src: url(https://example.org/a.woff2) }", "loads from another host: https://example.org/a.woff2"),
+        (
+            "@font-face { src: url(https://example.org/a.woff2) }",
+            "loads from another host: https://example.org/a.woff2",
+        ),
         ("@import '//example.org/a.css';", "loads from another host: //example.org/a.css"),
         ("body { background: url('gone.png') }", "names no file: gone.png"),
     ],
@@ -107,6 +150,9 @@ def test_a_page_without_source_is_found(site):
 
 
 def test_links_that_leave_the_book_are_no_problem(site):
-    page = PAGE.replace("<body>", '<body><a href="https://example.org/x">paper</a><link rel="canonical" href="https://e.org">')
+    page = PAGE.replace(
+        "<body>",
+        '<body><a href="https://example.org/x">paper</a><link rel="canonical" href="https://e.org">',
+    )
     (site / "html" / "page.html").write_text(page)
     assert problems(site) == ""

@@ -6,8 +6,15 @@ import re
 from nbrun import ROOT
 from packaging.requirements import Requirement
 
-LINES = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
-PINS = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in (line.split("==") for line in LINES)}
+LINES = [
+    line
+    for line in (ROOT / "requirements.txt").read_text().splitlines()
+    if not line.startswith("#")
+]
+PINS = {
+    re.sub(r"[-_.]+", "-", name).lower(): version
+    for name, version in (line.split("==") for line in LINES)
+}
 
 
 def test_every_line_is_one_public_version():

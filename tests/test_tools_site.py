@@ -34,7 +34,9 @@ def equation_role(name, raw, text, *rest):
 def parse(docstring):
     roles.register_local_role("eq", equation_role)
     strict = {"report_level": 2, "halt_level": 2}
-    return publish_doctree("\n".join(book_site.to_rst(docstring.splitlines())), settings_overrides=strict)
+    return publish_doctree(
+        "\n".join(book_site.to_rst(docstring.splitlines())), settings_overrides=strict
+    )
 
 
 def test_a_docstring_parses_without_a_warning_and_keeps_its_text():
@@ -44,10 +46,18 @@ def test_a_docstring_parses_without_a_warning_and_keeps_its_text():
     assert "equation eq:one, equation eq:two Plain words." in text
     assert "[T], and what follows on the next line." in text
     assert "ValueError on |bad| input." in text
-    fields = [node.children[0].astext() for node in tree.findall(lambda node: node.tagname == "field")]
+    fields = [
+        node.children[0].astext() for node in tree.findall(lambda node: node.tagname == "field")
+    ]
     assert fields == ["Equation", "Args", "Returns", "Raises"]
-    items = [" ".join(node.astext().split()) for node in tree.findall(lambda node: node.tagname == "list_item")]
-    assert items == ["log_probs, ref_log_probs: [..., T], nats, which is a long story.", 'kind: "k1" or "k2".']
+    items = [
+        " ".join(node.astext().split())
+        for node in tree.findall(lambda node: node.tagname == "list_item")
+    ]
+    assert items == [
+        "log_probs, ref_log_probs: [..., T], nats, which is a long story.",
+        'kind: "k1" or "k2".',
+    ]
 
 
 def test_the_build_day_can_be_fixed():
@@ -57,6 +67,12 @@ def test_the_build_day_can_be_fixed():
         book_site.add_footer(None, config)
         print(config.html_theme_options["extra_footer"])
     """)
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "book" / "_ext", capture_output=True, text=True,
-                         env={"SOURCE_DATE_EPOCH": "0", "PATH": ""}, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT / "book" / "_ext",
+        capture_output=True,
+        text=True,
+        env={"SOURCE_DATE_EPOCH": "0", "PATH": ""},
+        check=True,
+    )
     assert "built 1970-01-01" in run.stdout

@@ -49,7 +49,9 @@ def test_each_iterate_is_the_best_of_its_krylov_space(iterations):
     """Oracle: a dense NumPy solve in the span of b, Ab, ..., which is what k conjugate-gradient steps must give."""
     a, b = positive_definite(6, seed=1)
     found = conjugate_gradient(lambda x: a @ x, b, iterations)
-    np.testing.assert_allclose(found.numpy(), krylov_minimiser(a, b, iterations), rtol=1e-8, atol=1e-10)
+    np.testing.assert_allclose(
+        found.numpy(), krylov_minimiser(a, b, iterations), rtol=1e-8, atol=1e-10
+    )
 
 
 @pytest.mark.equation("eq:conjugate-gradient")
@@ -119,7 +121,8 @@ def two_parameters():
 def scalar(matrix, bias):
     """Neither quadratic nor separable, so that every block of the Hessian is full and depends on the point."""
     return (
-        torch.tanh(matrix @ torch.tensor([0.3, -1.0, 0.7], dtype=torch.float64) + bias).pow(3).sum() * bias.exp().sum()
+        torch.tanh(matrix @ torch.tensor([0.3, -1.0, 0.7], dtype=torch.float64) + bias).pow(3).sum()
+        * bias.exp().sum()
     )
 
 
@@ -127,7 +130,9 @@ def dense_hessian(function, *parameters):
     sizes = [p.numel() for p in parameters]
 
     def flat(theta):
-        return function(*[x.reshape(p.shape) for x, p in zip(theta.split(sizes), parameters, strict=True)])
+        return function(
+            *[x.reshape(p.shape) for x, p in zip(theta.split(sizes), parameters, strict=True)]
+        )
 
     return torch.func.hessian(flat)(torch.cat([p.detach().flatten() for p in parameters]))
 
@@ -180,7 +185,9 @@ def test_natural_gradient_of_a_softmax():
     def kl():
         return (log_p.exp() * (log_p - torch.log_softmax(logits, -1))).sum()
 
-    found = conjugate_gradient(lambda v: hessian_vector_product(kl, [logits], v, damping=0.05), gradient)
+    found = conjugate_gradient(
+        lambda v: hessian_vector_product(kl, [logits], v, damping=0.05), gradient
+    )
     fisher = torch.diag(log_p.exp()) - torch.outer(log_p.exp(), log_p.exp())
     expected = torch.linalg.solve(fisher + 0.05 * torch.eye(4, dtype=torch.float64), gradient)
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
@@ -206,7 +213,9 @@ def test_a_product_can_be_taken_inside_no_grad():
     """Oracle: the Hessian of x^3 at 2 is 12."""
     x = torch.tensor([2.0], dtype=torch.float64, requires_grad=True)
     with torch.no_grad():
-        found = hessian_vector_product(lambda: x.pow(3).sum(), [x], torch.ones(1, dtype=torch.float64))
+        found = hessian_vector_product(
+            lambda: x.pow(3).sum(), [x], torch.ones(1, dtype=torch.float64)
+        )
     assert found.tolist() == [12.0]
 
 
@@ -215,7 +224,9 @@ def test_a_vector_of_another_shape_is_named(shape):
     """Oracle: the specification: one flat tensor as long as all parameters; the message names the argument."""
     matrix, bias, _ = two_parameters()
     with pytest.raises(ValueError, match="vector"):
-        hessian_vector_product(lambda: scalar(matrix, bias), [matrix, bias], torch.zeros(shape, dtype=torch.float64))
+        hessian_vector_product(
+            lambda: scalar(matrix, bias), [matrix, bias], torch.zeros(shape, dtype=torch.float64)
+        )
 
 
 def test_inputs_are_left_as_they_were():

@@ -34,7 +34,11 @@ def displayed(root=ROOT):
     """Pairs (label, page) in reading order; a label that stands twice is listed twice."""
     pages = sorted((root / "notebooks").glob("*.ipynb")) + sorted((root / "book").glob("*.md"))
     pages = [page for page in pages if page.name != "equations.md"]
-    return [(label, page.relative_to(root)) for page in pages for label in DISPLAYED.findall(page_text(page))]
+    return [
+        (label, page.relative_to(root))
+        for page in pages
+        for label in DISPLAYED.findall(page_text(page))
+    ]
 
 
 def definitions(tree, prefix=""):
@@ -60,7 +64,12 @@ def functions(root=ROOT):
             role = "class" if isinstance(node, ast.ClassDef) else "meth" if "." in name else "func"
             labels = docstring_labels(node)
             found += [(label, role, f"{module}.{name}") for label in labels]
-            if not labels and role == "func" and path.parent.name == "rlhf_helpers" and path.stem in MATHEMATICS:
+            if (
+                not labels
+                and role == "func"
+                and path.parent.name == "rlhf_helpers"
+                and path.stem in MATHEMATICS
+            ):
                 bare.append(f"{module}.{name}")
     return found, bare
 
@@ -77,7 +86,9 @@ def checks(root=ROOT):
     for path in sorted((root / "tests").glob("test_*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef):
-                oracle = re.match(r"Oracle:\s*(.+?)(?:\n\s*\n|$)", ast.get_docstring(node) or "", re.S)
+                oracle = re.match(
+                    r"Oracle:\s*(.+?)(?:\n\s*\n|$)", ast.get_docstring(node) or "", re.S
+                )
                 oracle = " ".join(oracle[1].split()) if oracle else None
                 found += [(label, path.name, node.name, oracle) for label in marked_labels(node)]
     return found
@@ -91,11 +102,19 @@ def problems(root=ROOT):
     checked = checks(root)
     tested = [label for label, *_ in checked]
     known = dict.fromkeys(shown + implemented + tested)
-    found = [f"{label} is displayed {shown.count(label)} times" for label in known if shown.count(label) != 1]
+    found = [
+        f"{label} is displayed {shown.count(label)} times"
+        for label in known
+        if shown.count(label) != 1
+    ]
     found += [f"{label} has no function" for label in known if label not in implemented]
     found += [f"{label} has no test" for label in known if label not in tested]
     found += [f"{name} names no equation" for name in bare]
-    found += [f"{file}::{test} does not say what its oracle is" for _, file, test, oracle in checked if not oracle]
+    found += [
+        f"{file}::{test} does not say what its oracle is"
+        for _, file, test, oracle in checked
+        if not oracle
+    ]
     return found
 
 

@@ -26,7 +26,11 @@ def table_row(path, measured):
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     title = "".join(cells[0]["source"]).splitlines()[0].lstrip("# ")
     run = measured.get(path.stem, {}).get("tiny")
-    cost = f"{run['seconds']} s | {run['memory_mib']} MiB | {run['device']}" if run else "not yet measured | |"
+    cost = (
+        f"{run['seconds']} s | {run['memory_mib']} MiB | {run['device']}"
+        if run
+        else "not yet measured | |"
+    )
     return f"| [{title}](../notebooks/{path.name}) | {cost} | {compared(cells)} |"
 
 

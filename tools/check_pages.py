@@ -18,11 +18,32 @@ from markdown_it import MarkdownIt
 from mdit_py_plugins.dollarmath import dollarmath_plugin
 
 ELSEWHERE = re.compile(r"(?:https?:)?//", re.I)
-LOADED = {"script": ["src"], "img": ["src", "srcset"], "source": ["src", "srcset"], "iframe": ["src"], "embed": ["src"],
-          "video": ["src", "poster"], "audio": ["src"], "object": ["data"], "track": ["src"], "input": ["src"]}
+LOADED = {
+    "script": ["src"],
+    "img": ["src", "srcset"],
+    "source": ["src", "srcset"],
+    "iframe": ["src"],
+    "embed": ["src"],
+    "video": ["src", "poster"],
+    "audio": ["src"],
+    "object": ["data"],
+    "track": ["src"],
+    "input": ["src"],
+}
 # Links that a browser fetches by itself, unlike rel=canonical or rel=next.
-FETCHED_LINKS = {"stylesheet", "icon", "shortcut", "preload", "modulepreload", "prefetch", "preconnect", "dns-prefetch",
-                 "manifest", "apple-touch-icon", "mask-icon"}
+FETCHED_LINKS = {
+    "stylesheet",
+    "icon",
+    "shortcut",
+    "preload",
+    "modulepreload",
+    "prefetch",
+    "preconnect",
+    "dns-prefetch",
+    "manifest",
+    "apple-touch-icon",
+    "mask-icon",
+}
 MARKDOWN = MarkdownIt("commonmark").enable("table").use(dollarmath_plugin)
 
 
@@ -43,7 +64,11 @@ def toc_pages(node):
 
 
 def read_html(root):
-    pages = (page for page in sorted(root.rglob("*.html")) if "_static" not in page.relative_to(root).parts)
+    pages = (
+        page
+        for page in sorted(root.rglob("*.html"))
+        if "_static" not in page.relative_to(root).parts
+    )
     return {page: BeautifulSoup(page.read_text(encoding="utf-8"), "html.parser") for page in pages}
 
 
@@ -75,9 +100,14 @@ def output_texts(output):
 
 
 def missing_outputs(notebook, html):
-    page, words = {Path(image["src"]).name for image in html.find_all("img")}, letters(html.get_text(" "))
+    page, words = (
+        {Path(image["src"]).name for image in html.find_all("img")},
+        letters(html.get_text(" ")),
+    )
     for number, cell in enumerate(notebook.cells):
-        if cell.cell_type != "code" or {"remove-output", "remove-cell"} & set(cell.metadata.get("tags", [])):
+        if cell.cell_type != "code" or {"remove-output", "remove-cell"} & set(
+            cell.metadata.get("tags", [])
+        ):
             continue
         for output in cell.outputs:
             png = output.get("data", {}).get("image/png")
@@ -98,7 +128,9 @@ def missing_maths(sources, html):
         wanted = f"{len(blocks)} displayed and {inline} inline formulas in the source"
         yield f"{wanted}, {shown[0]} and {shown[1]} on the page"
     for token in blocks:
-        if token.info and not html.find(id=f"equation-{re.sub('[^a-z0-9]+', '-', token.info.lower())}"):
+        if token.info and not html.find(
+            id=f"equation-{re.sub('[^a-z0-9]+', '-', token.info.lower())}"
+        ):
             yield f"the equation {token.info} is not on the page"
     if (blocks or inline) and not html.find("script", src=re.compile("mathjax")):
         yield "formulas, but no script to typeset them"
@@ -151,7 +183,9 @@ def loads(html):
 
 def style_loads(text):
     text = re.sub(r"/\*.*?\*/", "", text, flags=re.S)
-    found = re.findall(r"url\(\s*['\"]?([^'\")]+)", text) + re.findall(r"@import\s+['\"]([^'\"]+)", text)
+    found = re.findall(r"url\(\s*['\"]?([^'\")]+)", text) + re.findall(
+        r"@import\s+['\"]([^'\"]+)", text
+    )
     return [address.strip() for address in found if not address.startswith(("data:", "#"))]
 
 
@@ -194,7 +228,10 @@ def check(source_root, html_root):
     for page, soup in html.items():
         targets = dict.fromkeys(link["href"] for link in soup.find_all("a", href=True))
         problems = [problem for target in targets if (problem := broken_target(page, target, html))]
-        found += [f"{page.relative_to(html_root)}: {problem}" for problem in [*problems, *check_loads(page, html)]]
+        found += [
+            f"{page.relative_to(html_root)}: {problem}"
+            for problem in [*problems, *check_loads(page, html)]
+        ]
     return list(dict.fromkeys(found))
 
 

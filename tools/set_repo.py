@@ -10,8 +10,17 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = ["_config.yml", "README.md", "pyproject.toml", ".ci/*", ".github/workflows/*.yml", "book/*.md", "book/*.bib",
-         "notebooks/*.ipynb", "rlhf_helpers/**/*.py"]
+FILES = [
+    "_config.yml",
+    "README.md",
+    "pyproject.toml",
+    ".ci/*",
+    ".github/workflows/*.yml",
+    "book/*.md",
+    "book/*.bib",
+    "notebooks/*.ipynb",
+    "rlhf_helpers/**/*.py",
+]
 
 
 def repository(root=ROOT):

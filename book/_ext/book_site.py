@@ -13,7 +13,9 @@ def add_footer(app, config):
     config.release = version("rlhf_helpers")
     built = format_date("%Y-%m-%d", language="en")
     licence = "Code under the MIT licence, prose under CC BY 4.0."
-    config.html_theme_options["extra_footer"] = f"<p>Version {config.release}, built {built}. {licence}</p>"
+    config.html_theme_options["extra_footer"] = (
+        f"<p>Version {config.release}, built {built}. {licence}</p>"
+    )
 
 
 def escape(text):
@@ -31,7 +33,11 @@ def to_rst(lines):
         field = FIELD.match(text) if indent == 0 else None
         item = re.match(r"([\w, *]+):\s+(.*)", text) if in_items and indent == 4 else None
         if field:
-            body = re.sub(r"eq:[\w-]+", r":eq:`\g<0>`", text) if field[1] == "Equation" else escape(text)
+            body = (
+                re.sub(r"eq:[\w-]+", r":eq:`\g<0>`", text)
+                if field[1] == "Equation"
+                else escape(text)
+            )
             result += ([] if in_fields else [""]) + [f":{body}"]
             in_fields, in_items = True, field[1] in ("Args", "Attributes")
         elif item:

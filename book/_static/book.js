@@ -1,9 +1,11 @@
-// A formula or table wider than the page scrolls inside itself; without a tab stop a keyboard could not reach its end.
+// A formula, table or output wider than the page scrolls inside itself; without a tab stop a keyboard could not reach
+// its end. Formulas are typeset when they come into view, which changes their size, so sizes are watched.
 (function () {
   "use strict";
   const update = (box) => {
-    if (box.scrollWidth > box.clientWidth + 1) box.tabIndex = 0;
-    else box.removeAttribute("tabindex");
+    const scroller = box.querySelector("mjx-container") || box;
+    if (scroller.scrollWidth > scroller.clientWidth + 1) scroller.tabIndex = 0;
+    else scroller.removeAttribute("tabindex");
   };
   const watch = new ResizeObserver((entries) => entries.forEach((entry) => update(entry.target)));
   document

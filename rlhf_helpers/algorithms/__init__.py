@@ -1,1 +1,2 @@
-"""The learning algorithms: each file has a frozen Config and train(policy, world, config), one Metrics an iteration."""
+"""The learning algorithms: each file has a frozen Config and train(policy, world, config), one
+Metrics an iteration."""

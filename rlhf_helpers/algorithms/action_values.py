@@ -1,4 +1,5 @@
-"""Two ways to play a bandit without a policy gradient: estimate each arm's mean, and choose by the estimates."""
+"""Two ways to play a bandit without a policy gradient: estimate each arm's mean, and choose by the
+estimates."""
 
 from __future__ import annotations
 
@@ -12,7 +13,9 @@ from rlhf_helpers._validate import in_range
 from rlhf_helpers.worlds.bandits import GaussianBandit
 
 
-def epsilon_greedy(bandit: GaussianBandit, pulls: int, epsilon: float = 0.1, seed: int = 0) -> Tensor:
+def epsilon_greedy(
+    bandit: GaussianBandit, pulls: int, epsilon: float = 0.1, seed: int = 0
+) -> Tensor:
     """Pull the arm with the best average so far, but with probability ε an arm at random.
 
     Args:
@@ -37,7 +40,8 @@ def epsilon_greedy(bandit: GaussianBandit, pulls: int, epsilon: float = 0.1, see
 
 
 def ucb(bandit: GaussianBandit, pulls: int, width: float = 2.0, seed: int = 0) -> Tensor:
-    """Pull the arm whose average plus width·√(log t / n_a) is largest; n_a counts its pulls, every arm comes once.
+    """Pull the arm whose average plus width·√(log t / n_a) is largest; n_a counts its pulls, every
+    arm comes once.
 
     Args:
         bandit: with means [R, K].
@@ -46,8 +50,8 @@ def ucb(bandit: GaussianBandit, pulls: int, width: float = 2.0, seed: int = 0) -
         seed: of the noise (the choices are deterministic).
     Returns: the arms pulled, [R, T].
     Raises: ValueError on width < 0, pulls < 1, or means that are not [R, K].
-    Source: Auer, Cesa-Bianchi and Fischer 2002, "Finite-time Analysis of the Multiarmed Bandit Problem"; with c as in
-        Sutton and Barto 2018, equation 2.10.
+    Source: Auer, Cesa-Bianchi and Fischer 2002, "Finite-time Analysis of the Multiarmed Bandit
+        Problem"; with c as in Sutton and Barto 2018, equation 2.10.
     """
     in_range(width, "width", 0.0)
     _shape(bandit)
@@ -65,7 +69,8 @@ def _play(
     choose: Callable[[Tensor, Tensor, int], Tensor],
     generator: torch.Generator,
 ) -> Tensor:
-    """Let `choose` pick an arm from averages and counts [R, K], `pulls` times; returns the arms [R, T]."""
+    """Let `choose` pick an arm from averages and counts [R, K], `pulls` times; returns the arms
+    [R, T]."""
     in_range(pulls, "pulls", 1)
     sums = torch.zeros_like(bandit.means)
     counts = torch.zeros_like(bandit.means)
@@ -81,6 +86,8 @@ def _play(
 
 def _shape(bandit: GaussianBandit) -> tuple[int, int]:
     if bandit.means.dim() != 2:
-        raise ValueError(f"bandit has means of shape {tuple(bandit.means.shape)}; pass [runs, arms]")
+        raise ValueError(
+            f"bandit has means of shape {tuple(bandit.means.shape)}; pass [runs, arms]"
+        )
     runs, arms = bandit.means.shape
     return runs, arms

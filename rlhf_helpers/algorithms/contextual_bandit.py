@@ -1,6 +1,8 @@
-"""Four ways to update a linear softmax policy on a linear contextual bandit, many independent runs at once.
+"""Four ways to update a linear softmax policy on a linear contextual bandit, many independent runs
+at once.
 
-A policy is a tensor of weights [R, K, D]: run r prefers arm a in context x by the logit weights[r, a]·x.
+A policy is a tensor of weights [R, K, D]: run r prefers arm a in context x by the logit weights[r,
+a]·x.
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ class Config:
 
 
 class Batch(NamedTuple):
-    """One rollout of R runs: what the old policy saw, did and got. Advantages are whitened run by run."""
+    """One rollout of R runs: what the old policy saw, did and got. Advantages are whitened run by
+    run."""
 
     contexts: Tensor  # [R, N, D]
     actions: Tensor  # [R, N]
@@ -62,7 +65,8 @@ class Batch(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """After one iteration, for each of R runs. `reward`, `kl` and `entropy` are exact, on contexts never trained on."""
+    """After one iteration, for each of R runs. `reward`, `kl` and `entropy` are exact, on contexts
+    never trained on."""
 
     iteration: int
     reward: Tensor  # [R] expected reward
@@ -75,16 +79,22 @@ class Metrics(NamedTuple):
 
 
 def policy_logits(policy: Tensor, contexts: Tensor) -> Tensor:
-    """Logits of every arm: policy [R, K, D], contexts [R, N, D] (or [N, D], the same for all) -> [R, N, K]."""
+    """Logits of every arm: policy [R, K, D], contexts [R, N, D] (or [N, D], the same for all) ->
+    [R, N, K]."""
     return contexts @ policy.transpose(-1, -2)
 
 
-def collect(policy: Tensor, bandit: LinearBandit, batch_size: int, generator: torch.Generator) -> Batch:
-    """Roll out: draw contexts, act by the policy, see the rewards, and keep the log-probabilities it acted with."""
+def collect(
+    policy: Tensor, bandit: LinearBandit, batch_size: int, generator: torch.Generator
+) -> Batch:
+    """Roll out: draw contexts, act by the policy, see the rewards, and keep the log-probabilities
+    it acted with."""
     with torch.no_grad():
         contexts = bandit.contexts(len(policy), batch_size, generator=generator)
         logits = policy_logits(policy, contexts)
-        actions = torch.multinomial(logits.softmax(-1).flatten(0, 1), 1, generator=generator).view(logits.shape[:-1])
+        actions = torch.multinomial(logits.softmax(-1).flatten(0, 1), 1, generator=generator).view(
+            logits.shape[:-1]
+        )
         rewards = bandit.pull(contexts, actions, generator)
         everything = torch.ones_like(rewards[0])
         advantages = torch.stack([masked_whiten(run, everything) for run in rewards])
@@ -110,8 +120,11 @@ def reinforce_update(policy: Tensor, optimizer: torch.optim.Optimizer, batch: Ba
     optimizer.step()
 
 
-def ppo_clip_update(policy: Tensor, optimizer: torch.optim.Optimizer, batch: Batch, clip: float) -> None:
-    """One gradient step on the clipped objective; the ratio corrects for the policy having moved since the rollout."""
+def ppo_clip_update(
+    policy: Tensor, optimizer: torch.optim.Optimizer, batch: Batch, clip: float
+) -> None:
+    """One gradient step on the clipped objective; the ratio corrects for the policy having moved
+    since the rollout."""
     log_probs = token_log_probs(policy_logits(policy, batch.contexts), batch.actions)
     loss = ppo_clip_loss(log_probs, batch.old_log_probs, batch.advantages, clip=clip).loss
     optimizer.zero_grad()
@@ -119,7 +132,9 @@ def ppo_clip_update(policy: Tensor, optimizer: torch.optim.Optimizer, batch: Bat
     optimizer.step()
 
 
-def ppo_penalty_update(policy: Tensor, optimizer: torch.optim.Optimizer, batch: Batch, coefficients: Tensor) -> None:
+def ppo_penalty_update(
+    policy: Tensor, optimizer: torch.optim.Optimizer, batch: Batch, coefficients: Tensor
+) -> None:
     """One gradient step on −mean(ρ·A) + β·KL(π_old‖π), with one coefficient β a run, [R]."""
     logits = policy_logits(policy, batch.contexts)
     ratio = (token_log_probs(logits, batch.actions) - batch.old_log_probs).exp()
@@ -130,13 +145,16 @@ def ppo_penalty_update(policy: Tensor, optimizer: torch.optim.Optimizer, batch: 
     optimizer.step()
 
 
-def trpo_update(policy: Tensor, batch: Batch, target_kl: float, backtracks: int = 10, damping: float = 1e-3) -> float:
-    """The longest natural-gradient step inside KL(π_old‖π) ≤ target_kl; one run: policy [1, K, d], changed in place.
+def trpo_update(
+    policy: Tensor, batch: Batch, target_kl: float, backtracks: int = 10, damping: float = 1e-3
+) -> float:
+    """The longest natural-gradient step inside KL(π_old‖π) ≤ target_kl; one run: policy [1, K, D],
+    changed in place.
 
     Equation: eq:trpo-step
 
-    Solve F·x = g by conjugate gradients, scale x so that the quadratic model of the KL equals target_kl, then halve the
-    step until the true KL is inside and the surrogate has gone up.
+    Solve F·x = g by conjugate gradients, scale x so that the quadratic model of the KL equals
+    target_kl, then halve the step until the true KL is inside and the surrogate has gone up.
 
     Returns: the share of the full step that was taken, 0.0 if no step helped.
     Source: Schulman et al. 2015, "Trust Region Policy Optimization", section 6 and appendix C.
@@ -176,7 +194,8 @@ def train(policy: Tensor, bandit: LinearBandit, config: Config) -> Iterator[Metr
         bandit: with weights [K, D].
         config: the settings.
     Yields: Metrics, one an iteration.
-    Raises: ValueError on a policy that does not fit the bandit, an unknown method, settings out of range.
+    Raises: ValueError on a policy that does not fit the bandit, an unknown method, settings out of
+        range.
     """
     _check(policy, bandit, config)
     policy.requires_grad_()
@@ -208,7 +227,8 @@ def train(policy: Tensor, bandit: LinearBandit, config: Config) -> Iterator[Metr
 
 
 def gradient_norms(policy: Tensor, batch: Batch) -> Tensor:
-    """Length of each run's policy gradient on a fresh rollout: [R]. (All methods here share it: the ratio is 1.)"""
+    """Length of each run's policy gradient on a fresh rollout: [R]. (All methods here share it:
+    the ratio is 1.)"""
     log_probs = token_log_probs(policy_logits(policy, batch.contexts), batch.actions)
     loss = policy_gradient_loss(log_probs, batch.advantages) * len(policy)
     (gradient,) = torch.autograd.grad(loss, policy)
@@ -216,7 +236,8 @@ def gradient_norms(policy: Tensor, batch: Batch) -> Tensor:
 
 
 def trpo_updates(policy: Tensor, batch: Batch, target_kl: float) -> None:
-    """A TRPO step for every run by itself: each has its own Fisher matrix and its own line search."""
+    """A TRPO step for every run by itself: each has its own Fisher matrix and its own line
+    search."""
     for run in range(len(policy)):
         one = policy.detach()[run : run + 1].clone().requires_grad_()
         trpo_update(one, Batch(*(field[run : run + 1] for field in batch)), target_kl)
@@ -226,9 +247,15 @@ def trpo_updates(policy: Tensor, batch: Batch, target_kl: float) -> None:
 
 @torch.no_grad()
 def measure(
-    policy: Tensor, bandit: LinearBandit, batch: Batch, config: Config, held_out: Tensor, initial_logits: Tensor
+    policy: Tensor,
+    bandit: LinearBandit,
+    batch: Batch,
+    config: Config,
+    held_out: Tensor,
+    initial_logits: Tensor,
 ) -> dict[str, Tensor]:
-    """What Metrics holds, but for the gradient norm: exact values on held-out contexts, diagnostics on the rollout."""
+    """What Metrics holds, but for the gradient norm: exact values on held-out contexts,
+    diagnostics on the rollout."""
     logits = policy_logits(policy, held_out)
     rollout_logits = policy_logits(policy, batch.contexts)
     log_probs = token_log_probs(rollout_logits, batch.actions)
@@ -247,7 +274,9 @@ def measure(
 
 def _check(policy: Tensor, bandit: LinearBandit, config: Config) -> None:
     if policy.dim() != 3 or policy.shape[1:] != bandit.weights.shape:
-        raise ValueError(f"policy has shape {tuple(policy.shape)}; pass [runs, {list(bandit.weights.shape)}]")
+        raise ValueError(
+            f"policy has shape {tuple(policy.shape)}; pass [runs, {list(bandit.weights.shape)}]"
+        )
     one_of(config.method, METHODS, "method")
     in_range(config.iterations, "iterations", 1)
     in_range(config.batch_size, "batch_size", 2)
@@ -255,4 +284,6 @@ def _check(policy: Tensor, bandit: LinearBandit, config: Config) -> None:
     in_range(config.learning_rate, "learning_rate", 0.0, open_low=True)
     in_range(config.target_kl, "target_kl", 0.0, open_low=True)
     if config.minibatches < 1 or config.batch_size % config.minibatches:
-        raise ValueError(f"minibatches={config.minibatches} must divide batch_size={config.batch_size}")
+        raise ValueError(
+            f"minibatches={config.minibatches} must divide batch_size={config.batch_size}"
+        )

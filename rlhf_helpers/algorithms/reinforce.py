@@ -1,4 +1,5 @@
-"""REINFORCE on a Gaussian bandit: the policy gradient in its barest form, many independent runs at once."""
+"""REINFORCE on a Gaussian bandit: the policy gradient in its barest form, many independent runs at
+once."""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ class Config:
         steps: updates.
         batch_size: pulls an update; "leave_one_out" needs at least 2.
         learning_rate: of plain gradient ascent on the logits.
-        baseline: what is subtracted from a reward: "none", "running_mean" (of all rewards before this batch) or
-            "leave_one_out" (the mean of the other rewards of the batch).
+        baseline: what is subtracted from a reward: "none", "running_mean" (of all rewards before
+            this batch) or "leave_one_out" (the mean of the other rewards of the batch).
         seed: of the actions and the noise.
     """
 
@@ -38,7 +39,8 @@ class Config:
 
 
 class Metrics(NamedTuple):
-    """One update of R runs with N pulls each. `expected_reward` is exact and belongs to the policy that pulled."""
+    """One update of R runs with N pulls each. `expected_reward` is exact and belongs to the policy
+    that pulled."""
 
     step: int
     actions: Tensor  # [R, N]
@@ -47,7 +49,8 @@ class Metrics(NamedTuple):
 
 
 def update(logits: Tensor, actions: Tensor, advantages: Tensor, learning_rate: float) -> None:
-    """One step of gradient ascent on the logits [R, K], in place, from actions and advantages [R, N]."""
+    """One step of gradient ascent on the logits [R, K], in place, from actions and advantages [R,
+    N]."""
     log_probs = logits.log_softmax(-1).gather(-1, actions)
     # the loss is a mean over all runs; a run on its own would see R times that gradient
     loss = policy_gradient_loss(log_probs, advantages) * len(logits)
@@ -64,7 +67,8 @@ def train(logits: Tensor, bandit: GaussianBandit, config: Config) -> Iterator[Me
         bandit: with means [K] or [R, K].
         config: the settings.
     Yields: Metrics, one an update.
-    Raises: ValueError on logits that are not [R, K], an unknown baseline, a batch too small for it.
+    Raises: ValueError on logits that are not [R, K], an unknown baseline, a batch too small for
+        it.
     """
     _check(logits, bandit, config)
     logits.requires_grad_()
@@ -78,7 +82,9 @@ def train(logits: Tensor, bandit: GaussianBandit, config: Config) -> Iterator[Me
         actions = torch.multinomial(probs, config.batch_size, replacement=True, generator=generator)
         rewards = bandit.pull(actions, generator)
         if config.baseline == "leave_one_out":
-            advantages = leave_one_out_advantages(rewards.flatten(), config.batch_size).view_as(rewards)
+            advantages = leave_one_out_advantages(rewards.flatten(), config.batch_size).view_as(
+                rewards
+            )
         elif config.baseline == "running_mean":
             advantages = rewards - reward_sum / max(1, step * config.batch_size)
         else:
@@ -90,9 +96,13 @@ def train(logits: Tensor, bandit: GaussianBandit, config: Config) -> Iterator[Me
 
 def _check(logits: Tensor, bandit: GaussianBandit, config: Config) -> None:
     if logits.dim() != 2 or logits.shape[-1] != bandit.means.shape[-1]:
-        raise ValueError(f"logits has shape {tuple(logits.shape)}; pass [runs, {bandit.means.shape[-1]} arms]")
+        raise ValueError(
+            f"logits has shape {tuple(logits.shape)}; pass [runs, {bandit.means.shape[-1]} arms]"
+        )
     if bandit.means.dim() == 2 and len(bandit.means) != len(logits):
-        raise ValueError(f"bandit has {len(bandit.means)} rows of means, logits {len(logits)} runs; make them equal")
+        raise ValueError(
+            f"bandit has {len(bandit.means)} rows of means, logits {len(logits)} rows; make them equal"
+        )
     one_of(config.baseline, BASELINES, "baseline")
     in_range(config.batch_size, "batch_size", 2 if config.baseline == "leave_one_out" else 1)
     in_range(config.learning_rate, "learning_rate", 0.0, open_low=True)

@@ -1,4 +1,5 @@
-"""What only the notebooks need: set-up, generated sentences, printed source, figures, exercise checks."""
+"""What only the notebooks need: set-up, generated sentences, printed source, figures, exercise
+checks."""
 
 from rlhf_helpers.book.notebook import claims, say, setup
 from rlhf_helpers.book.source import show_source

@@ -38,24 +38,38 @@ def judge(
         print(f"Not yet: your function raised {type(error).__name__}: {error}")
         return
     if any(one is None for one in given):
-        print("Not attempted: replace the stub's `return None` with your own code, then run this cell again.")
+        print(
+            "Not attempted: replace the stub's `return None` with your own code, then run this cell again."
+        )
         return
     wanted = [_numbers(right(*_copies(case))) for case in cases]
     if _agree(given, wanted):
         print("Right.")
         return
-    if untouched is not None and _agree(given, [_numbers(untouched(*_copies(case))) for case in cases]):
-        print("Not attempted: the bug is still there. Change the function, then run this cell again.")
+    if untouched is not None and _agree(
+        given, [_numbers(untouched(*_copies(case))) for case in cases]
+    ):
+        print(
+            "Not attempted: the bug is still there. Change the function, then run this cell again."
+        )
         return
     for message, mistake in mistakes.items():
         if _agree(given, [_numbers(mistake(*_copies(case))) for case in cases]):
             print(f"Not yet: {message}")
             return
-    index = next(i for i, pair in enumerate(zip(given, wanted, strict=True)) if not _agree(*([one] for one in pair)))
-    print(f"Not yet: in test case {index + 1} your function gives {_short(given[index])}, not {_short(wanted[index])}.")
+    index = next(
+        i
+        for i, pair in enumerate(zip(given, wanted, strict=True))
+        if not _agree(*([one] for one in pair))
+    )
+    print(
+        f"Not yet: in test case {index + 1} your function gives {_short(given[index])}, not {_short(wanted[index])}."
+    )
 
 
-def judge_number(answer: float | None, right: float, mistakes: dict[str, float], tolerance: float = 0.01) -> None:
+def judge_number(
+    answer: float | None, right: float, mistakes: dict[str, float], tolerance: float = 0.01
+) -> None:
     """Print the verdict on a predicted number: right within `tolerance` (relative), or which mistake gives it.
 
     Args:
@@ -78,7 +92,9 @@ def judge_number(answer: float | None, right: float, mistakes: dict[str, float],
         if near(float(answer), wrong):
             print(f"Not yet: {message}")
             return
-    print("Not yet: work it out on paper with the numbers above; no typical mistake gives this one.")
+    print(
+        "Not yet: work it out on paper with the numbers above; no typical mistake gives this one."
+    )
 
 
 def _copies(case: tuple) -> tuple:
@@ -97,7 +113,10 @@ def _numbers(value: object) -> Tensor | None:
 
 def _agree(given: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:
     pairs = zip(given, wanted, strict=True)
-    return all(g.shape == w.shape and torch.allclose(g, w, rtol=1e-5, atol=1e-8, equal_nan=True) for g, w in pairs)
+    return all(
+        g.shape == w.shape and torch.allclose(g, w, rtol=1e-5, atol=1e-8, equal_nan=True)
+        for g, w in pairs
+    )
 
 
 def _short(numbers: Tensor) -> str:
@@ -122,8 +141,12 @@ def check_bandit_gradient(answer: Function) -> None:
             "the sign is turned round: an arm above your average must get a positive number.": lambda p, m: (
                 p * (average(p, m) - m)
             ),
-            "these are the advantages; weigh each by how often its arm is played.": lambda p, m: m - average(p, m),
-            "nothing is subtracted: an arm's logit also takes probability from arms that pay.": lambda p, m: p * m,
+            "these are the advantages; weigh each by how often its arm is played.": lambda p, m: (
+                m - average(p, m)
+            ),
+            "nothing is subtracted: an arm's logit also takes probability from arms that pay.": lambda p, m: (
+                p * m
+            ),
             "your average is the plain mean of the arms; weigh them by the probabilities.": lambda p, m: (
                 p * (m - m.mean())
             ),
@@ -138,9 +161,15 @@ def check_leave_one_out(answer: Function) -> None:
         lambda r: r - (r.sum() - r) / (len(r) - 1),
         [(_f([1.0, 2.0, 6.0]),), (_f([0.0, 1.0, 0.0, 0.0, 5.0]),)],
         {
-            "this subtracts the mean of all, which contains the reward itself.": lambda r: r - r.mean(),
-            "the others are one fewer than all: divide their sum by N − 1.": lambda r: r - (r.sum() - r) / len(r),
-            "this is the baseline; the advantage is the reward minus it.": lambda r: (r.sum() - r) / (len(r) - 1),
+            "this subtracts the mean of all, which contains the reward itself.": lambda r: (
+                r - r.mean()
+            ),
+            "the others are one fewer than all: divide their sum by N − 1.": lambda r: (
+                r - (r.sum() - r) / len(r)
+            ),
+            "this is the baseline; the advantage is the reward minus it.": lambda r: (
+                (r.sum() - r) / (len(r) - 1)
+            ),
         },
     )
 
@@ -176,8 +205,12 @@ def check_policy_gradient_loss(answer: Function) -> None:
         _gradient_of(right),
         cases,
         {
-            "the sign is turned round: PyTorch minimises, so this unlearns.": _gradient_of(lambda *x: -right(*x)),
-            "the sum must be a mean, or the step grows with the batch.": _gradient_of(lambda *x: right(*x) * len(x[1])),
+            "the sign is turned round: PyTorch minimises, so this unlearns.": _gradient_of(
+                lambda *x: -right(*x)
+            ),
+            "the sum must be a mean, or the step grows with the batch.": _gradient_of(
+                lambda *x: right(*x) * len(x[1])
+            ),
         },
         untouched=_gradient_of(of_probs),
     )
@@ -204,7 +237,9 @@ def _f(values: list) -> Tensor:
 def check_clipped_objective(answer: Function) -> None:
     """Exercise 2.1: answer(ratio, advantage, clip) -> the clipped objective of one sample."""
     ratios, advantages = (0.5, 0.9, 1.1, 1.5), (2.0, -1.0)
-    cases = [(ratio, advantage, 0.2) for advantage in advantages for ratio in ratios] + [(1.5, 1.0, 0.3)]
+    cases = [(ratio, advantage, 0.2) for advantage in advantages for ratio in ratios] + [
+        (1.5, 1.0, 0.3)
+    ]
 
     def clipped(ratio: float, clip: float) -> float:
         return min(max(ratio, 1 - clip), 1 + clip)
@@ -217,16 +252,18 @@ def check_clipped_objective(answer: Function) -> None:
         right,
         cases,
         {
-            "you take the larger of the two; the objective believes the worse one.": lambda r, a, clip: max(
-                r * a, clipped(r, clip) * a
+            "you take the larger of the two; the objective believes the worse one.": lambda r, a, clip: (
+                max(r * a, clipped(r, clip) * a)
             ),
             "the clipped term alone: it also stops the gradient where a wrong move needs repair.": lambda r, a, clip: (
                 clipped(r, clip) * a
             ),
-            "the minimum is taken of the ratios, before the advantage; for a negative advantage the order turns round.": (
+            "the minimum is taken before the advantage; for a negative advantage the order turns round.": (
                 lambda r, a, clip: min(r, clipped(r, clip)) * a
             ),
-            "this is the loss, to minimise; the objective has the other sign.": lambda *x: -right(*x),
+            "this is the loss, to minimise; the objective has the other sign.": lambda *x: (
+                -right(*x)
+            ),
         },
     )
 
@@ -238,26 +275,46 @@ def check_four_slopes(answer: Function) -> None:
         lambda: (2.0, 0.0, -2.0, 0.0),
         [()],
         {
-            "case 1 is not clipped: the upper bound is 1.3 here, not 1.2.": lambda: (0.0, 0.0, -2.0, 0.0),
-            "case 2: a bad action that has become rare enough is flat; the clip does act on negative advantages.": lambda: (
+            "case 1 is not clipped: the upper bound is 1.3 here, not 1.2.": lambda: (
+                0.0,
+                0.0,
+                -2.0,
+                0.0,
+            ),
+            "case 2: a bad action that is rare enough is flat; the clip does act when A < 0.": lambda: (
                 (2.0, -1.0, -2.0, 0.0)
             ),
             "case 3: above the strip a negative advantage keeps its slope, so that the mistake is undone.": lambda: (
                 (2.0, 0.0, 0.0, 0.0)
             ),
-            "case 4: a ratio of 4 is beyond c = 3, where the dual clip is flat.": lambda: (2.0, 0.0, -2.0, -1.0),
+            "case 4: a ratio of 4 is beyond c = 3, where the dual clip is flat.": lambda: (
+                2.0,
+                0.0,
+                -2.0,
+                -1.0,
+            ),
             "the slope in the ratio is the advantage, not its sign.": lambda: (1.0, 0.0, -1.0, 0.0),
         },
     )
 
 
 def check_mended_loss(answer: Function) -> None:
-    """Exercise 2.3: answer(log_probs, old_log_probs, advantages, clip) -> the PPO loss; value and gradient are compared."""
+    """Exercise 2.3: answer(log_probs, old_log_probs, advantages, clip) -> the PPO loss, value and gradient."""
     old = _f([0.4, 0.4, 0.4, 0.4, 0.4]).log()
     new = _f([0.2, 0.6, 0.2, 0.6, 0.44]).log()
-    cases = [(new, old, _f([1.0, 2.0, -1.0, -3.0, 1.5]), 0.2), (new, old, _f([-2.0, -1.0, 1.0, 0.5, -1.0]), 0.3)]
+    cases = [
+        (new, old, _f([1.0, 2.0, -1.0, -3.0, 1.5]), 0.2),
+        (new, old, _f([-2.0, -1.0, 1.0, 0.5, -1.0]), 0.3),
+    ]
 
-    def loss(new: Tensor, old: Tensor, advantages: Tensor, clip: float, turned: bool = False, worse: bool = True) -> Tensor:
+    def loss(
+        new: Tensor,
+        old: Tensor,
+        advantages: Tensor,
+        clip: float,
+        turned: bool = False,
+        worse: bool = True,
+    ) -> Tensor:
         ratio = (old - new if turned else new - old).exp()
         terms = -ratio * advantages, -ratio.clamp(1 - clip, 1 + clip) * advantages
         return (torch.maximum(*terms) if worse else torch.minimum(*terms)).mean()
@@ -274,17 +331,17 @@ def check_mended_loss(answer: Function) -> None:
         with_gradient(loss),
         cases,
         {
-            "the ratio is still upside down: it is the new probability over the old one.": with_gradient(
-                lambda *x: loss(*x, turned=True)
-            ),
             "the ratio is upside down, and the maximum was right: this is a loss.": with_gradient(
                 lambda *x: loss(*x, turned=True, worse=False)
             ),
-            "the maximum was right: this is a loss, and the maximum of the negatives is minus the minimum.": with_gradient(
+            "the maximum was right: in a loss it is minus the minimum of the objectives.": with_gradient(
                 lambda *x: loss(*x, worse=False)
             ),
-            "the sign was right: this is a loss, so it is minus the objective.": with_gradient(lambda *x: -loss(*x)),
+            "the sign was right: this is a loss, so it is minus the objective.": with_gradient(
+                lambda *x: -loss(*x)
+            ),
         },
+        untouched=with_gradient(lambda *x: loss(*x, turned=True)),
     )
 
 
@@ -301,7 +358,7 @@ def check_effective_sample_size(answer: Function) -> None:
         lambda x: weights(x).sum() ** 2 / weights(x).square().sum(),
         cases,
         {
-            "right for small numbers, but the exponential of 800 overflows; subtract the largest logarithm first.": lambda x: (
+            "right for small numbers, but exp(800) overflows; subtract the largest logarithm first.": lambda x: (
                 x.exp().sum() ** 2 / x.exp().square().sum()
             ),
             "the squares are exchanged: square the sum above, sum the squares below.": lambda x: (
@@ -310,7 +367,9 @@ def check_effective_sample_size(answer: Function) -> None:
             "this is the share of the samples; multiply by N (or use sums instead of means).": lambda x: (
                 weights(x).mean() ** 2 / weights(x).square().mean()
             ),
-            "the numbers you are given are logarithms; take the exponential.": lambda x: x.sum() ** 2 / x.square().sum(),
+            "the numbers you are given are logarithms; take the exponential.": lambda x: (
+                x.sum() ** 2 / x.square().sum()
+            ),
         },
     )
 

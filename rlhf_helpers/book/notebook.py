@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from importlib import resources
 
@@ -14,13 +15,19 @@ from rlhf_helpers import settings
 from rlhf_helpers.book import plots
 
 
-def setup(chapter: str) -> settings.Settings:
-    """Prepare a notebook: figure style, quiet warnings; prints scale, device, and recorded time and memory.
+def setup(chapter: str, scale: str | None = None) -> settings.Settings:
+    """Prepare a notebook: figure style, quiet warnings; prints scale, device, and recorded time
+    and memory.
 
     Args:
         chapter: the notebook's name without ending, e.g. "01_bandit".
+        scale: "tiny" or "gpt2"; None takes the environment variable RLHF_SCALE, or else "tiny".
     Returns: the settings of the scale in use.
+    Raises: ValueError on an unknown scale.
     """
+    if scale is not None:
+        os.environ["RLHF_SCALE"] = scale
+    chosen = settings.load()
     warnings.filterwarnings("ignore", message="IProgress not found")
     # tensors here are small: a second thread costs more than it brings, and can change the last digits
     torch.set_num_threads(1)
@@ -28,14 +35,15 @@ def setup(chapter: str) -> settings.Settings:
     shell = get_ipython()
     if shell is not None:
         shell.run_line_magic("config", "InlineBackend.figure_format = 'retina'")
-    chosen = settings.load()
     print(f"scale {chosen.scale} · device {chosen.device} · {recorded(chapter, chosen.scale)}")
     return chosen
 
 
 def recorded(chapter: str, scale: str) -> str:
     """What a run of this chapter was measured to need at this scale, in words."""
-    text = resources.files("rlhf_helpers").joinpath("assets/measured.json").read_text(encoding="utf-8")
+    text = (
+        resources.files("rlhf_helpers").joinpath("assets/measured.json").read_text(encoding="utf-8")
+    )
     one = json.loads(text).get(chapter, {}).get(scale)
     if one is None:
         return "time and memory not yet measured"
@@ -50,7 +58,8 @@ def say(sentence: str) -> None:
 def claims(*rows: tuple[str, float, float, float]) -> None:
     """Print each claim with this run's number and the band it must lie in.
 
-    At scale tiny a number outside its band is an error, so that a claim that stops being true stops the notebook. The
+    At scale tiny a number outside its band is an error, so that a claim that stops being true
+    stops the notebook. The
     bands belong to that scale: at any other they are printed and nothing is raised.
 
     Args:

@@ -66,7 +66,9 @@ def use_style() -> None:
     )
 
 
-def interval(runs: Tensor | np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def interval(
+    runs: Tensor | np.ndarray, level: float = 0.95
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean over runs and its Student-t interval: runs [R, T] -> (mean, low, high), each [T].
 
     Raises: ValueError with fewer than three runs.
@@ -80,7 +82,12 @@ def interval(runs: Tensor | np.ndarray, level: float = 0.95) -> tuple[np.ndarray
 
 
 def band(
-    ax: Axes, x: Sequence[float], runs: Tensor | np.ndarray, colour: str, label: str | None = None, faint: int = 10
+    ax: Axes,
+    x: Sequence[float],
+    runs: Tensor | np.ndarray,
+    colour: str,
+    label: str | None = None,
+    faint: int = 10,
 ) -> None:
     """Draw the mean of runs [R, T] strong, its 95 % interval as a band, and up to `faint` single runs behind."""
     runs = np.asarray(runs, dtype=float)
@@ -104,10 +111,14 @@ def optimum(ax: Axes, value: float, text: str = "optimum") -> None:
     )
 
 
-def label_line(ax: Axes, x: float, y: float, text: str, colour: str, offset: tuple[float, float] = (6, 0)) -> None:
+def label_line(
+    ax: Axes, x: float, y: float, text: str, colour: str, offset: tuple[float, float] = (6, 0)
+) -> None:
     """Write a line's name beside its point (x, y), in a darker shade of its colour; `offset` in points."""
     ink = tuple(0.7 * part for part in to_rgb(colour))  # thin letters need more contrast than lines
-    ax.annotate(text, (x, y), xytext=offset, textcoords="offset points", color=ink, va="center", fontsize=9)
+    ax.annotate(
+        text, (x, y), xytext=offset, textcoords="offset points", color=ink, va="center", fontsize=9
+    )
 
 
 def finish(ax: Axes, title: str, xlabel: str, ylabel: str) -> None:
@@ -117,7 +128,9 @@ def finish(ax: Axes, title: str, xlabel: str, ylabel: str) -> None:
     ax.set_ylabel(ylabel)
 
 
-def diagnostics(histories: dict[str, Sequence], colours: dict[str, str], xlabel: str = "iteration") -> Figure:
+def diagnostics(
+    histories: dict[str, Sequence], colours: dict[str, str], xlabel: str = "iteration"
+) -> Figure:
     """The panel that goes with every training run: one small plot a quantity, one colour a method.
 
     Args:
@@ -129,7 +142,9 @@ def diagnostics(histories: dict[str, Sequence], colours: dict[str, str], xlabel:
     fields = [(name, label) for name, label in PANEL if hasattr(first, name)]
     columns = 3
     rows = -(-len(fields) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(6.4, 1.8 * rows), sharex=True, squeeze=False)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(6.4, 1.8 * rows), sharex=True, squeeze=False
+    )
     for ax, (name, label) in zip(axes.flat, fields, strict=False):
         for method, history in histories.items():
             runs = torch.stack([getattr(one, name) for one in history], dim=1)

@@ -18,6 +18,10 @@ def show_source(*objects: Callable | type) -> None:
     for thing in objects:
         module = getattr(thing, "__module__", None) or ""
         if not module.startswith("rlhf_helpers"):
-            raise ValueError(f"{thing!r} is not part of rlhf_helpers; show_source prints only the tested package")
+            raise ValueError(
+                f"{thing!r} is not part of rlhf_helpers; show_source prints only the tested package"
+            )
         path = Path(inspect.getsourcefile(thing)).relative_to(root)
-        display(Markdown(f"`{path.as_posix()}`\n\n```python\n{inspect.getsource(thing).rstrip()}\n```"))
+        display(
+            Markdown(f"`{path.as_posix()}`\n\n```python\n{inspect.getsource(thing).rstrip()}\n```")
+        )

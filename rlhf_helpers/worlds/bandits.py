@@ -1,7 +1,8 @@
 """Bandits whose best possible reward is known in closed form.
 
-A batch is one call: actions of any shape are pulled at once. Noise comes from the generator that is passed in, so a
-run is repeated by repeating its seed. Tensors are float64: printed results do not depend on the CPU's kernels.
+A batch is one call: actions of any shape are pulled at once. Noise comes from the generator that
+is passed in, so a run is repeated by repeating its seed. Tensors are float64: printed results do
+not depend on the CPU's kernels.
 """
 
 from __future__ import annotations
@@ -31,22 +32,28 @@ class GaussianBandit:
 
     def __post_init__(self) -> None:
         if self.means.dim() not in (1, 2) or self.means.shape[-1] == 0:
-            raise ValueError(f"means has shape {tuple(self.means.shape)}; pass [arms] or [bandits, arms]")
+            raise ValueError(
+                f"means has shape {tuple(self.means.shape)}; pass [arms] or [bandits, arms]"
+            )
         finite(self.means, "means")
         in_range(self.noise_std, "noise_std", 0.0)
 
     def pull(self, actions: Tensor, generator: torch.Generator) -> Tensor:
-        """Reward of each pull. actions: integers, [N] (or [R, N] for R bandits) -> rewards of that shape."""
+        """Reward of each pull. actions: integers, [N] (or [R, N] for R bandits) -> rewards of that
+        shape."""
         _check_actions(actions, self.means.shape[-1])
         mean = self.means[actions] if self.means.dim() == 1 else self.means.gather(-1, actions)
-        return mean + self.noise_std * torch.randn(actions.shape, generator=generator, dtype=mean.dtype)
+        return mean + self.noise_std * torch.randn(
+            actions.shape, generator=generator, dtype=mean.dtype
+        )
 
     def optimal_value(self) -> Tensor:
         """Mean of the best arm: what the best policy earns a pull. Scalar, or [R]."""
         return self.means.max(-1).values
 
     def expected_reward(self, logits: Tensor) -> Tensor:
-        """J(θ) = Σ_a π(a)·μ_a of the softmax policy with these logits [..., K] -> [...]. Differentiable."""
+        """J(θ) = Σ_a π(a)·μ_a of the softmax policy with these logits [..., K] -> [...].
+        Differentiable."""
         return (logits.softmax(-1) * self.means).sum(-1)
 
     def gradient(self, logits: Tensor) -> Tensor:
@@ -60,18 +67,21 @@ class GaussianBandit:
         return logits.softmax(-1) * advantages
 
     def gradient_variance(self, logits: Tensor, baseline: float | Tensor = 0.0) -> Tensor:
-        """Variance, logit by logit, of the one-sample estimate (r − b)·∇ log π(a) of ∇J. logits [K] -> [K].
+        """Variance, logit by logit, of the one-sample estimate (r − b)·∇ log π(a) of ∇J. logits
+        [K] -> [K].
 
         Equation: eq:gradient-variance
 
-        A mean over N independent samples has 1/N of it. The sum over the logits is the total variance.
+        A mean over N independent samples has 1/N of it. The sum over the logits is the total
+        variance.
 
         Args:
             logits: [K].
             baseline: b, the same for every action.
         Raises: ValueError unless there is one bandit and logits is [K].
-        Source: the definition of the variance; compare Greensmith, Bartlett and Baxter 2004, "Variance Reduction
-            Techniques for Gradient Estimates in Reinforcement Learning", section 3.
+        Source: the definition of the variance; compare Greensmith, Bartlett and Baxter 2004,
+            "Variance Reduction Techniques for Gradient Estimates in Reinforcement Learning",
+            section 3.
         """
         if self.means.dim() != 1 or logits.shape != self.means.shape:
             raise ValueError(f"logits has shape {tuple(logits.shape)}; pass [arms] for one bandit")
@@ -83,7 +93,8 @@ class GaussianBandit:
 
 @dataclass(frozen=True)
 class LinearBandit:
-    """A contextual bandit: in context x, arm a pays w_a·x plus normal noise; contexts are standard normal.
+    """A contextual bandit: in context x, arm a pays w_a·x plus normal noise; contexts are standard
+    normal.
 
     Args:
         weights: [K, D], one row an arm.
@@ -96,13 +107,17 @@ class LinearBandit:
 
     def __post_init__(self) -> None:
         if self.weights.dim() != 2 or len(self.weights) < 2 or self.weights.shape[1] == 0:
-            raise ValueError(f"weights has shape {tuple(self.weights.shape)}; pass [arms ≥ 2, context size]")
+            raise ValueError(
+                f"weights has shape {tuple(self.weights.shape)}; pass [arms ≥ 2, context size]"
+            )
         finite(self.weights, "weights")
         in_range(self.noise_std, "noise_std", 0.0)
 
     def contexts(self, *shape: int, generator: torch.Generator) -> Tensor:
         """Draw contexts: [*shape, D]."""
-        return torch.randn(*shape, self.weights.shape[1], generator=generator, dtype=self.weights.dtype)
+        return torch.randn(
+            *shape, self.weights.shape[1], generator=generator, dtype=self.weights.dtype
+        )
 
     def mean_rewards(self, contexts: Tensor) -> Tensor:
         """Mean reward of every arm in every context: [..., D] -> [..., K]."""
@@ -112,38 +127,53 @@ class LinearBandit:
         """Reward of one arm in each context. contexts [..., D], actions [...] -> rewards [...]."""
         _check_actions(actions, len(self.weights))
         if contexts.shape[:-1] != actions.shape:
-            raise ValueError(f"actions has shape {tuple(actions.shape)}; pass one for each context of {contexts.shape}")
+            raise ValueError(
+                f"actions has shape {tuple(actions.shape)}; pass one for each context of {contexts.shape}"
+            )
         mean = self.mean_rewards(contexts).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
-        return mean + self.noise_std * torch.randn(actions.shape, generator=generator, dtype=mean.dtype)
+        return mean + self.noise_std * torch.randn(
+            actions.shape, generator=generator, dtype=mean.dtype
+        )
 
     def expected_reward(self, logits: Tensor, contexts: Tensor) -> Tensor:
-        """Exact expected reward of the softmax policy in each context: logits [..., K], contexts [..., D] -> [...]."""
+        """Exact expected reward of the softmax policy in each context: logits [..., K], contexts
+        [..., D] -> [...]."""
         return (logits.softmax(-1) * self.mean_rewards(contexts)).sum(-1)
 
     def optimal_value(self) -> float:
-        """E_x[max_a w_a·x], what the best policy earns a pull, in closed form; for contexts in the plane (D = 2).
+        """E_x[max_a w_a·x], what the best policy earns a pull, in closed form; for contexts in the
+        plane (D = 2).
 
         Equation: eq:linear-optimum
 
-        The maximum over arms is the support function of the polygon that the arms span. Its integral over all
-        directions is the polygon's perimeter L, and a standard normal context has mean length √(π/2), which gives
-        L / (2·√(2π)).
+        The maximum over arms is the support function of the polygon that the arms span. Its
+        integral over all directions is the polygon's perimeter L, and a standard normal context
+        has mean length √(π/2), which gives L / (2·√(2π)).
 
         Raises: ValueError unless D = 2.
-        Source: Cauchy's perimeter formula, e.g. Santaló 2004, "Integral Geometry and Geometric Probability",
-            chapter I.1.
+        Source: Cauchy's perimeter formula, e.g. Santaló 2004, "Integral Geometry and Geometric
+            Probability", chapter I.1.
         """
         if self.weights.shape[1] != 2:
-            raise ValueError(f"weights has {self.weights.shape[1]} columns; the closed form needs contexts with 2")
+            raise ValueError(
+                f"weights has {self.weights.shape[1]} columns; the closed form needs contexts with 2"
+            )
         if torch.linalg.matrix_rank(self.weights - self.weights[0]) < 2:
-            perimeter = 2 * torch.pdist(self.weights).max().item()  # all arms on one line: walked there and back
+            perimeter = (
+                2 * torch.pdist(self.weights).max().item()
+            )  # all arms on one line: walked there and back
         else:
-            perimeter = ConvexHull(self.weights.numpy()).area  # in the plane, SciPy's "area" is the perimeter
+            perimeter = ConvexHull(
+                self.weights.numpy()
+            ).area  # in the plane, SciPy's "area" is the perimeter
         return perimeter / (2 * math.sqrt(2 * math.pi))
 
 
-def ten_arms(runs: int = 1, offset: float = 0.0, noise_std: float = 1.0, seed: int = 0) -> GaussianBandit:
-    """`runs` bandits of ten arms each, whose means are drawn from N(offset, 1): the ten-armed testbed. means [R, 10].
+def ten_arms(
+    runs: int = 1, offset: float = 0.0, noise_std: float = 1.0, seed: int = 0
+) -> GaussianBandit:
+    """`runs` bandits of ten arms each, whose means are drawn from N(offset, 1): the ten-armed
+    testbed. means [R, 10].
 
     Raises: ValueError if runs < 1.
     Source: Sutton and Barto 2018, "Reinforcement Learning", section 2.3.
@@ -155,7 +185,8 @@ def ten_arms(runs: int = 1, offset: float = 0.0, noise_std: float = 1.0, seed: i
 
 
 def fan(arms: int = 8, noise_std: float = 1.0) -> LinearBandit:
-    """A linear bandit in the plane: arm a's weight points at angle 2πa/arms with length 1, so each arm owns a sector.
+    """A linear bandit in the plane: arm a's weight points at angle 2πa/arms with length 1, so each
+    arm owns a sector.
 
     Raises: ValueError if arms < 2.
     """

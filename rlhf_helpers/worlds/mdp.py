@@ -1,4 +1,5 @@
-"""Small Markov decision processes in which values, advantages and the policy-improvement bound are exact.
+"""Small Markov decision processes in which values, advantages and the policy-improvement bound are
+exact.
 
 A policy is a table of probabilities [S, A]: one row a state. S states, A actions.
 """
@@ -23,7 +24,8 @@ class MDP:
         rewards: [S, A], mean reward of an action in a state.
         start: [S], distribution of the first state.
         gamma: discount, in [0, 1).
-    Raises: ValueError on shapes that do not fit, rows that are no distribution, gamma outside [0, 1).
+    Raises: ValueError on shapes that do not fit, rows that are no distribution, gamma outside [0,
+        1).
     """
 
     transitions: Tensor
@@ -42,7 +44,9 @@ class MDP:
         _check_distribution(self.transitions, "transitions")
         _check_distribution(self.start, "start")
         if not 0 <= self.gamma < 1:
-            raise ValueError(f"gamma={self.gamma} must lie in [0, 1): without an end, γ = 1 has no finite value")
+            raise ValueError(
+                f"gamma={self.gamma} must lie in [0, 1): without an end, γ = 1 has no finite value"
+            )
 
 
 def state_values(mdp: MDP, policy: Tensor) -> Tensor:
@@ -59,7 +63,8 @@ def advantages(mdp: MDP, policy: Tensor) -> Tensor:
 
 
 def visitation(mdp: MDP, policy: Tensor) -> Tensor:
-    """ν_π(s) = Σ_t γ^t·P(s_t = s): discounted visits, summing to 1/(1 − γ). policy [S, A] -> [S]."""
+    """ν_π(s) = Σ_t γ^t·P(s_t = s): discounted visits, summing to 1/(1 − γ). policy [S, A] ->
+    [S]."""
     step = _step_matrix(mdp, policy)
     identity = torch.eye(len(step), dtype=step.dtype)
     return torch.linalg.solve(identity - mdp.gamma * step.T, mdp.start)
@@ -71,14 +76,16 @@ def objective(mdp: MDP, policy: Tensor) -> Tensor:
 
 
 def surrogate(mdp: MDP, policy: Tensor, new_policy: Tensor) -> Tensor:
-    """What the new policy would earn if it visited states as often as the old one does. Two [S, A] -> scalar.
+    """What the new policy would earn if it visited states as often as the old one does. Two [S, A]
+    -> scalar.
 
     Equation: eq:surrogate
 
     L = J(π) + Σ_s ν_π(s) Σ_a π̃(a|s)·A_π(s, a). It has the value and the gradient of J at π̃ = π.
 
     Raises: ValueError if a policy is no table of distributions.
-    Source: Kakade and Langford 2002; Schulman et al. 2015, "Trust Region Policy Optimization", equation 3.
+    Source: Kakade and Langford 2002; Schulman et al. 2015, "Trust Region Policy Optimization",
+        equation 3.
     """
     _check_policy(mdp, new_policy, "new_policy")
     gain = (new_policy * advantages(mdp, policy)).sum(1)
@@ -97,13 +104,18 @@ def lower_bound(mdp: MDP, policy: Tensor, new_policy: Tensor) -> Tensor:
     """
     worst = advantages(mdp, policy).abs().max()
     penalty = 4 * worst * mdp.gamma / (1 - mdp.gamma) ** 2
-    return surrogate(mdp, policy, new_policy) - penalty * exact_kl(policy.log(), new_policy.log()).max()
+    return (
+        surrogate(mdp, policy, new_policy)
+        - penalty * exact_kl(policy.log(), new_policy.log()).max()
+    )
 
 
 def corridor(states: int = 5, slip: float = 0.1, gamma: float = 0.9) -> MDP:
-    """A corridor: action 0 walks left, action 1 right, and with probability `slip` the step goes the other way.
+    """A corridor: action 0 walks left, action 1 right, and with probability `slip` the step goes
+    the other way.
 
-    The left end pays 0.2 for every step spent there, the right end 1. The walk starts at the left end.
+    The left end pays 0.2 for every step spent there, the right end 1. The walk starts at the left
+    end.
 
     Raises: ValueError if states < 2, slip is outside [0, 1] or gamma outside [0, 1).
     """
@@ -130,11 +142,15 @@ def _step_matrix(mdp: MDP, policy: Tensor) -> Tensor:
 
 def _check_policy(mdp: MDP, policy: Tensor, name: str) -> None:
     if policy.shape != mdp.rewards.shape:
-        raise ValueError(f"{name} has shape {tuple(policy.shape)}; pass probabilities {tuple(mdp.rewards.shape)}")
+        raise ValueError(
+            f"{name} has shape {tuple(policy.shape)}; pass probabilities {tuple(mdp.rewards.shape)}"
+        )
     _check_distribution(policy, name)
 
 
 def _check_distribution(probs: Tensor, name: str) -> None:
     sums = probs.detach().sum(-1)
     if (probs < 0).any() or not torch.allclose(sums, torch.ones_like(sums), atol=1e-6):
-        raise ValueError(f"{name} must hold probabilities: entries ≥ 0, the last dimension summing to 1")
+        raise ValueError(
+            f"{name} must hold probabilities: entries ≥ 0, the last dimension summing to 1"
+        )

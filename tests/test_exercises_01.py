@@ -27,6 +27,7 @@ GRADIENTS = {
     "plain mean": lambda p, m: torch.stack(
         [p[k] * (m[k] - sum(m) / len(m)) for k in range(len(p))]
     ),
+    "gradient in the probabilities": lambda p, m: list(m),
     "test case 1": lambda p, m: p * 0,
     "raised ZeroDivisionError": lambda p, m: 1 / 0,
 }
@@ -48,6 +49,7 @@ LEAVE_ONE_OUT = {
     ],
     "contains the reward itself": lambda r: [x - sum(r.tolist()) / len(r) for x in r.tolist()],
     "N − 1": lambda r: [x - sum(others(r, i)) / len(r) for i, x in enumerate(r.tolist())],
+    "sign": lambda r: [sum(others(r, i)) / len(others(r, i)) - x for i, x in enumerate(r.tolist())],
     "this is the baseline": lambda r: [
         sum(others(r, i)) / len(others(r, i)) for i in range(len(r))
     ],
@@ -71,6 +73,7 @@ def test_leave_one_out(capsys, expected):
         (0.25, "share of the reward"),
         (1.333, "undo"),
         (7, "no typical"),
+        ("3/4", "not a number"),
     ],
 )
 def test_batch_mean_factor(capsys, answer, expected):
@@ -86,6 +89,9 @@ LOSSES = {
     "Right": lambda z, a, adv: -(log_probs(z, a) * adv).sum() / len(a),
     "Not attempted: the bug": lambda z, a, adv: -(log_probs(z, a).exp() * adv).sum() / len(a),
     "sign": lambda z, a, adv: (log_probs(z, a) * adv).sum() / len(a),
+    "not a log-probability": lambda z, a, adv: -(z[a] * adv).sum() / len(a),
+    "take the mean": lambda z, a, adv: -(log_probs(z, a) * adv),
+    "depends on the logits": lambda z, a, adv: -(log_probs(z.detach(), a) * adv).mean(),
     "must be a mean": lambda z, a, adv: -(log_probs(z, a) * adv).sum(),
 }
 

@@ -86,6 +86,16 @@ def test_first_steps_of_all_gradient_methods_agree():
     )
 
 
+def test_gradient_norms_are_those_of_single_runs():
+    """Oracle: each run by itself."""
+    policy, batch = rollout(runs=3)
+    together = cb.gradient_norms(policy.clone().requires_grad_(), batch)
+    for run in range(3):
+        part = cb.Batch(*(field[run : run + 1] for field in batch))
+        alone = cb.gradient_norms(policy[run : run + 1].clone().requires_grad_(), part)
+        torch.testing.assert_close(together[run : run + 1], alone)
+
+
 def test_minibatches_cut_the_rollout_without_loss():
     """Oracle: the multiset of samples; contexts, actions and log-probabilities stay together."""
     _, batch = rollout(size=12)
@@ -123,7 +133,7 @@ def test_full_trpo_step_is_the_natural_gradient_of_length_delta():
 
 
 @pytest.mark.equation("eq:trpo-step")
-@pytest.mark.parametrize("delta", [0.001, 0.02, 0.5])
+@pytest.mark.parametrize("delta", [0.001, 0.02, 0.5, 30.0])
 def test_trpo_never_leaves_the_region_and_never_lowers_the_surrogate(delta):
     """Oracle: KL(π_old‖π) by torch.distributions and the surrogate by a plain mean of ratio times advantage."""
     for seed in range(5):
@@ -137,6 +147,19 @@ def test_trpo_never_leaves_the_region_and_never_lowers_the_surrogate(delta):
         assert torch.distributions.kl_divergence(old, new).mean() <= delta
         ratio = (new.log_prob(batch.actions) - old.log_prob(batch.actions)).exp()
         assert (ratio * batch.advantages).mean() > batch.advantages.mean()
+
+
+@pytest.mark.equation("eq:trpo-step")
+def test_trpo_of_many_runs_is_trpo_of_each():
+    """Oracle: the update of each run alone."""
+    policy, batch = rollout(runs=3)
+    together = policy.clone().requires_grad_()
+    cb.trpo_updates(together, batch, 0.02)
+    for run in range(3):
+        alone = policy[run : run + 1].clone().requires_grad_()
+        cb.trpo_update(alone, cb.Batch(*(field[run : run + 1] for field in batch)), 0.02)
+        torch.testing.assert_close(together[run : run + 1].detach(), alone.detach())
+        assert (alone - policy[run : run + 1]).abs().max() > 0
 
 
 @pytest.mark.equation("eq:trpo-step")
@@ -155,7 +178,7 @@ def test_penalty_gradient_is_that_of_its_definition():
     """Oracle: autograd through KL(π_old‖π) and the ratio as torch.distributions give them."""
     policy, _ = rollout(runs=2)
     _, stale = rollout(runs=2)
-    start = policy + 0.1
+    start = 1.5 * policy.flip(1)  # far enough away that the two directions of the KL differ
     coefficients = torch.tensor([0.5, 3.0], dtype=torch.float64)
     trained = start.clone().requires_grad_()
     cb.ppo_penalty_update(trained, torch.optim.SGD([trained], lr=1.0), stale, coefficients)

@@ -160,17 +160,18 @@ def trpo_update(
     Source: Schulman et al. 2015, "Trust Region Policy Optimization", section 6 and appendix C.
     """
 
-    def surrogate_and_kl() -> tuple[Tensor, Tensor]:
-        logits = policy_logits(policy, batch.contexts)
-        ratio = (token_log_probs(logits, batch.actions) - batch.old_log_probs).exp()
-        return (ratio * batch.advantages).mean(), exact_kl(batch.old_logits, logits).mean()
+    def surrogate() -> Tensor:
+        log_probs = token_log_probs(policy_logits(policy, batch.contexts), batch.actions)
+        return ((log_probs - batch.old_log_probs).exp() * batch.advantages).mean()
 
-    before, _ = surrogate_and_kl()
-    gradient = torch.autograd.grad(before, policy)[0].flatten()
+    def mean_kl() -> Tensor:
+        return exact_kl(batch.old_logits, policy_logits(policy, batch.contexts)).mean()
 
     def fisher(v: Tensor) -> Tensor:
-        return hessian_vector_product(lambda: surrogate_and_kl()[1], [policy], v, damping)
+        return hessian_vector_product(mean_kl, [policy], v, damping)
 
+    before = surrogate()
+    gradient = torch.autograd.grad(before, policy)[0].flatten()
     if not gradient.any():
         return 0.0
     direction = conjugate_gradient(fisher, gradient)
@@ -179,8 +180,7 @@ def trpo_update(
     with torch.no_grad():
         for share in 0.5 ** torch.arange(backtracks, dtype=policy.dtype):
             policy.copy_(start + share * full_step.view_as(policy))
-            after, kl = surrogate_and_kl()
-            if kl <= target_kl and after > before:
+            if mean_kl() <= target_kl and surrogate() > before:
                 return share.item()
         policy.copy_(start)
     return 0.0

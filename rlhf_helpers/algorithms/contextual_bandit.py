@@ -148,14 +148,19 @@ def ppo_penalty_update(
 def trpo_update(
     policy: Tensor, batch: Batch, target_kl: float, backtracks: int = 10, damping: float = 1e-3
 ) -> float:
-    """The longest natural-gradient step inside KL(π_old‖π) ≤ target_kl; one run: policy [1, K, D],
-    changed in place.
+    """The longest natural-gradient step that keeps KL(π_old‖π) ≤ target_kl, up to halvings.
 
     Equation: eq:trpo-step
 
-    Solve F·x = g by conjugate gradients, scale x so that the quadratic model of the KL equals
+    Solve F·u = g by conjugate gradients, stretch u until the quadratic model of the KL equals
     target_kl, then halve the step until the true KL is inside and the surrogate has gone up.
 
+    Args:
+        policy: [1, K, D], one run, changed in place.
+        batch: the rollout of that run.
+        target_kl: δ in nats.
+        backtracks: lengths to try, each half the one before.
+        damping: added to the diagonal of F, which is singular for a softmax.
     Returns: the share of the full step that was taken, 0.0 if no step helped.
     Source: Schulman et al. 2015, "Trust Region Policy Optimization", section 6 and appendix C.
     """

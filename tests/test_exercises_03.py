@@ -1,6 +1,7 @@
 """The checks of chapter 03: the stub, a right answer, and every typical mistake, each told apart."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -100,6 +101,7 @@ def test_fisher_right(capsys):
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
+        (lambda z, v: v @ fisher_matrix(z) @ v, "number vᵀ·F·v"),
         (lambda z, v: z.softmax(-1).diag() @ v, "diag(p)·v"),
         (lambda z, v: v - (z.softmax(-1) * v).sum(), "weigh each entry"),
         (lambda z, v: z.softmax(-1) * (v - v.sum() / len(v)), "plain mean"),
@@ -125,7 +127,14 @@ def test_batches_right(capsys):
     assert verdict(capsys, checks.check_batches_to_double, batches) == "Right."
 
 
-@pytest.mark.parametrize(("answer", "words"), [(1, "clipped"), (5, "multiply"), (3, "1.728")])
+def test_no_message_on_the_batches_gives_the_answer_away(capsys):
+    for wrong in (1, 3, 5, 7):
+        assert not re.search(
+            r"4|four|1\.728", verdict(capsys, checks.check_batches_to_double, wrong)
+        )
+
+
+@pytest.mark.parametrize(("answer", "words"), [(1, "clipped"), (5, "multiply"), (3, "once more")])
 def test_batches_mistakes(capsys, answer, words):
     told(capsys, checks.check_batches_to_double, answer, words)
 
@@ -144,6 +153,8 @@ def test_line_search_right(capsys):
         (shares(lambda gain, kl, budget: kl <= budget), "gain is not looked at"),
         (shares(lambda gain, kl, budget: gain > 0), "divergence is not looked at"),
         (shares(inside_and_better, otherwise=0.25), "return 0.0"),
+        (shares(lambda gain, kl, budget: kl < budget and gain > 0), "exactly the budget"),
+        (shares(lambda gain, kl, budget: kl <= budget and gain >= 0), "exactly 0"),
         (
             lambda gains, kls, budget: max(
                 (float(g), 0.5**i if g > 0 and kls[i] <= budget else 0.0)

@@ -116,6 +116,7 @@ def start(logits, **settings):
         (lambda: start(torch.zeros(2, 10), baseline="mean"), "'running_mean'"),
         (lambda: start(torch.zeros(2, 10), baseline="leave_one_out"), "batch_size"),
         (lambda: start(torch.zeros(2, 10), learning_rate=0), "learning_rate"),
+        (lambda: start(torch.zeros(2, 10), steps=0), "steps"),
         (lambda: epsilon_greedy(BANDIT, 10, epsilon=2.0), "epsilon"),
         (lambda: ucb(BANDIT, 0), "pulls"),
         (lambda: ucb(GaussianBandit(torch.ones(3)), 5), "bandit"),

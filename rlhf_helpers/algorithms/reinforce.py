@@ -104,5 +104,6 @@ def _check(logits: Tensor, bandit: GaussianBandit, config: Config) -> None:
             f"bandit has {len(bandit.means)} rows of means, logits {len(logits)} rows; make them equal"
         )
     one_of(config.baseline, BASELINES, "baseline")
+    in_range(config.steps, "steps", 1)
     in_range(config.batch_size, "batch_size", 2 if config.baseline == "leave_one_out" else 1)
     in_range(config.learning_rate, "learning_rate", 0.0, open_low=True)

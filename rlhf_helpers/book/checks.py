@@ -266,6 +266,12 @@ def check_clipped_objective(answer: Function) -> None:
     def right(ratio: float, advantage: float, clip: float) -> float:
         return min(ratio * advantage, clipped(ratio, clip) * advantage)
 
+    def split(ratio: float, advantage: float, clip: float) -> float:
+        if advantage > 0:
+            return right(ratio, advantage, clip)
+        moved = min(max(ratio, 1 / (1 + clip)), 1 / (1 - clip))
+        return max(ratio * advantage, moved * advantage)
+
     judge(
         answer,
         right,
@@ -283,38 +289,54 @@ def check_clipped_objective(answer: Function) -> None:
             "this is the loss, to minimise; the objective has the other sign.": lambda *x: (
                 -right(*x)
             ),
+            "the bad samples are unclipped; a bad action that is rare enough must be flat, too.": lambda r, a, clip: (
+                right(r, a, clip) if a > 0 else r * a
+            ),
+            "this is the 'split' objective: for bad samples, too, it is the minimum and the same bounds.": split,
         },
     )
 
 
 def check_four_slopes(answer: Function) -> None:
     """Exercise 2.2: answer() -> the slopes in the ratio of the four cases, four numbers."""
-    judge(
-        answer,
-        lambda: (2.0, 0.0, -2.0, 0.0),
-        [()],
-        {
-            "case 1 is not clipped: the upper bound is 1.3 here, not 1.2.": lambda: (
-                0.0,
-                0.0,
-                -2.0,
-                0.0,
-            ),
-            "case 2: a bad action that is rare enough is flat; the clip does act when A < 0.": lambda: (
-                (2.0, -1.0, -2.0, 0.0)
-            ),
-            "case 3: above the strip a negative advantage keeps its slope, so that the mistake is undone.": lambda: (
-                (2.0, 0.0, 0.0, 0.0)
-            ),
-            "case 4: a ratio of 4 is beyond c = 3, where the dual clip is flat.": lambda: (
-                2.0,
-                0.0,
-                -2.0,
-                -1.0,
-            ),
-            "the slope in the ratio is the advantage, not its sign.": lambda: (1.0, 0.0, -1.0, 0.0),
-        },
+    right = [2.0, 0.0, -2.0, 0.0]
+    hints = (
+        "compare the ratio with the upper bound of this exercise, 1 + 0.3.",
+        "is a bad action that has become rarer pushed further? The clip acts when A < 0, too.",
+        "the action is bad and has become likelier; does the objective let that pass?",
+        "compare the ratio with c; what does the dual clip do beyond it?",
     )
+    named = {  # (case, what was given for it): a better hint
+        (0, 2.5): "that is the objective there, not its slope.",
+        (
+            2,
+            2.0,
+        ): "the size is right, but which way does the objective move when a bad action gets likelier?",
+        (3, -1.0): "that is the slope without the dual clip.",
+        (3, -3.0): "that is the objective there, not its slope.",
+    }
+    try:
+        given = _numbers(answer())
+    except Exception as error:
+        print(f"Not yet: your function raised {type(error).__name__}: {error}")
+        return
+    if given is None:
+        print(
+            "Not attempted: your function returns nothing yet. Write it, then run this cell again."
+        )
+        return
+    if len(given) != len(right):
+        print(f"Not yet: return four numbers, one a case; these are {len(given)}.")
+        return
+    correct = [abs(x - y) < 1e-6 for x, y in zip(given.tolist(), right, strict=True)]
+    if all(correct):
+        print("Right.")
+    elif given.tolist() == [1.0, 0.0, -1.0, 0.0]:
+        print("Not yet: the slope in the ratio is the advantage, not its sign.")
+    else:
+        case = correct.index(False)
+        hint = named.get((case, round(given[case].item(), 6)), hints[case])
+        print(f"Not yet, {sum(correct)} of 4 are right: case {case + 1}: {hint}")
 
 
 def check_mended_loss(answer: Function) -> None:
@@ -368,6 +390,7 @@ def check_effective_sample_size(answer: Function) -> None:
     """Exercise 2.4: answer(log_ratios [N]) -> (Σρ)² / Σρ²."""
     ratios = _f([0.5, 3.0, 1.0, 0.2])
     cases = [(ratios.log(),), (torch.zeros(5, dtype=torch.float64),), (ratios.log() + 800.0,)]
+    cases.append((_f([0.0, 0.0, 2000.0]),))  # far apart: here subtracting the mean overflows
 
     def weights(log_ratios: Tensor) -> Tensor:
         return (log_ratios - log_ratios.max()).exp()
@@ -379,6 +402,9 @@ def check_effective_sample_size(answer: Function) -> None:
         {
             "right for small numbers, but exp(800) overflows; subtract the largest logarithm first.": lambda x: (
                 x.exp().sum() ** 2 / x.exp().square().sum()
+            ),
+            "the mean is not enough: a ratio far above it still overflows; subtract the largest logarithm.": lambda x: (
+                (x - x.mean()).exp().sum() ** 2 / (x - x.mean()).exp().square().sum()
             ),
             "the squares are exchanged: square the sum above, sum the squares below.": lambda x: (
                 weights(x).square().sum() / weights(x).sum() ** 2
@@ -449,6 +475,9 @@ def check_fisher_product(answer: Function) -> None:
             (_f([0.0, 1.0, 2.0, -1.0]), _f([5.0, 1.0, 2.0, 4.0])),
         ],
         {
+            "this is the number vᵀ·F·v; the product F·v has one entry an action.": of_probs(
+                lambda p, v: (p * v * v).sum() - (p @ v) ** 2
+            ),
             "this is diag(p)·v; the part p·pᵀ·v is still to be subtracted.": of_probs(
                 lambda p, v: p * v
             ),
@@ -474,13 +503,13 @@ def check_batches_to_double(answer: float | None) -> None:
         {
             "the error of +1 is clipped to +0.2 first, so one batch cannot double β.": 1,
             "the factors multiply: 1.2 · 1.2 · …, not 1 + 0.2 + 0.2 + …": 5,
-            "after 3 batches β is 1.2³ = 1.728, not yet double.": 3,
+            "β grows by the same factor each batch; multiply it out once more: has it reached 2?": 3,
         },
     )
 
 
 def check_line_search(answer: Function) -> None:
-    """Exercise 3.4: answer(gains [J], kls [J], budget) -> the longest share ½^j that is allowed, or 0.0."""
+    """Exercise 3.4: answer(gains [n], kls [n], budget) -> the longest share ½^j that is allowed, or 0.0."""
 
     def first(
         allowed: Callable[[float, float, float], bool], otherwise: float | None = 0.0
@@ -513,6 +542,8 @@ def check_line_search(answer: Function) -> None:
                 0.02,
             ),  # near enough at once, but a loss
             (_f([-0.2, -0.1, -0.1]), _f([0.05, 0.01, 0.003]), 0.02),  # nothing will do
+            (_f([0.2, 0.1, 0.1]), _f([0.02, 0.005, 0.001]), 0.02),  # the whole budget may be used
+            (_f([0.0, 0.1, 0.1]), _f([0.01, 0.004, 0.001]), 0.02),  # no gain is not a gain
         ],
         {
             "both conditions must hold; with 'or' a step that is too far, or a loss, gets through.": first(
@@ -523,6 +554,12 @@ def check_line_search(answer: Function) -> None:
             ),
             "the divergence is not looked at; a gain outside the region does not count.": first(
                 lambda gain, kl, budget: gain > 0
+            ),
+            "a divergence of exactly the budget is allowed: compare with ≤.": first(
+                lambda gain, kl, budget: kl < budget and gain > 0
+            ),
+            "a gain of exactly 0 is no gain: compare with >.": first(
+                lambda gain, kl, budget: kl <= budget and gain >= 0
             ),
             "where nothing will do, the step is not taken: return 0.0.": first(
                 lambda gain, kl, budget: kl <= budget and gain > 0, otherwise=None

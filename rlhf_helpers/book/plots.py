@@ -88,13 +88,17 @@ def band(
     colour: str,
     label: str | None = None,
     faint: int = 10,
+    floor: float = -np.inf,
 ) -> None:
-    """Draw the mean of runs [R, T] strong, its 95 % interval as a band, and up to `faint` single runs behind."""
+    """Draw the mean of runs [R, T] strong, its 95 % interval as a band that ends at `floor`, and up to `faint` single
+    runs behind."""
     runs = np.asarray(runs, dtype=float)
     mean, low, high = interval(runs)
     for run in runs[:faint]:
         ax.plot(x, run, color=colour, alpha=0.12, linewidth=0.7, zorder=1)
-    ax.fill_between(x, low, high, color=colour, alpha=0.25, linewidth=0, zorder=2)
+    ax.fill_between(
+        x, np.maximum(low, floor), high, color=colour, alpha=0.25, linewidth=0, zorder=2
+    )
     ax.plot(x, mean, color=colour, label=label, zorder=3)
 
 
@@ -148,7 +152,9 @@ def diagnostics(
     for ax, (name, label) in zip(axes.flat, fields, strict=False):
         for method, history in histories.items():
             runs = torch.stack([getattr(one, name) for one in history], dim=1)
-            band(ax, range(1, len(history) + 1), runs, colours[method], label=method, faint=0)
+            floor = -np.inf if name == "reward" else 0.0  # nothing else here can be negative
+            x = range(1, len(history) + 1)
+            band(ax, x, runs, colours[method], label=method, faint=0, floor=floor)
         ax.set_title(label, fontsize=9, fontweight="normal")
         ax.tick_params(labelsize=8)
     for ax in axes.flat[len(fields) :]:

@@ -54,8 +54,7 @@ class Config:
 
 
 class Batch(NamedTuple):
-    """One rollout of R runs: what the old policy saw, did and got. Advantages are whitened run by
-    run."""
+    """One rollout of R runs: what the old policy saw, did and got; advantages whitened per run."""
 
     contexts: Tensor  # [R, N, D]
     actions: Tensor  # [R, N]
@@ -79,8 +78,7 @@ class Metrics(NamedTuple):
 
 
 def policy_logits(policy: Tensor, contexts: Tensor) -> Tensor:
-    """Logits of every arm: policy [R, K, D], contexts [R, N, D] (or [N, D], the same for all) ->
-    [R, N, K]."""
+    """Logits of every arm: policy [R, K, D], contexts [R, N, D] or [N, D] -> [R, N, K]."""
     return contexts @ policy.transpose(-1, -2)
 
 
@@ -241,8 +239,7 @@ def gradient_norms(policy: Tensor, batch: Batch) -> Tensor:
 
 
 def trpo_updates(policy: Tensor, batch: Batch, target_kl: float) -> None:
-    """A TRPO step for every run by itself: each has its own Fisher matrix and its own line
-    search."""
+    """A TRPO step for each run by itself, with its own Fisher matrix and line search."""
     for run in range(len(policy)):
         one = policy.detach()[run : run + 1].clone().requires_grad_()
         trpo_update(one, Batch(*(field[run : run + 1] for field in batch)), target_kl)

@@ -49,8 +49,7 @@ class Metrics(NamedTuple):
 
 
 def update(logits: Tensor, actions: Tensor, advantages: Tensor, learning_rate: float) -> None:
-    """One step of gradient ascent on the logits [R, K], in place, from actions and advantages [R,
-    N]."""
+    """One step of gradient ascent on logits [R, K], in place. actions, advantages: [R, N]."""
     log_probs = logits.log_softmax(-1).gather(-1, actions)
     # the loss is a mean over all runs; a run on its own would see R times that gradient
     loss = policy_gradient_loss(log_probs, advantages) * len(logits)
@@ -67,8 +66,7 @@ def train(logits: Tensor, bandit: GaussianBandit, config: Config) -> Iterator[Me
         bandit: with means [K] or [R, K].
         config: the settings.
     Yields: Metrics, one an update.
-    Raises: ValueError on logits that are not [R, K], an unknown baseline, a batch too small for
-        it.
+    Raises: ValueError on logits that are not [R, K], an unknown baseline, a small batch.
     """
     _check(logits, bandit, config)
     logits.requires_grad_()
@@ -82,9 +80,8 @@ def train(logits: Tensor, bandit: GaussianBandit, config: Config) -> Iterator[Me
         actions = torch.multinomial(probs, config.batch_size, replacement=True, generator=generator)
         rewards = bandit.pull(actions, generator)
         if config.baseline == "leave_one_out":
-            advantages = leave_one_out_advantages(rewards.flatten(), config.batch_size).view_as(
-                rewards
-            )
+            advantages = leave_one_out_advantages(rewards.flatten(), config.batch_size)
+            advantages = advantages.view_as(rewards)
         elif config.baseline == "running_mean":
             advantages = rewards - reward_sum / max(1, step * config.batch_size)
         else:

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book html test lab refresh tables results bench repo clean
+.PHONY: help setup book html test lab refresh tables tiny results bench repo clean
 
 # Builds $(1)/_build/html from the notebooks' stored outputs; pages of an earlier build never survive.
 # Warnings and errors come on the other channel; what is silenced is a banner.
@@ -47,10 +47,12 @@ tables: setup ## write the pages book/equations.md and book/status.md
 	$(BIN)/python tools/build_status.py
 	$(BIN)/python tools/build_equations.py
 
+tiny: setup ## train the tiny GPT-2 again (about ten minutes)
+	$(BIN)/python tools/make_tiny.py
+
 results: setup ## record the long sweeps that notebooks draw
-	@for script in $(or $(wildcard benchmarks/record_*.py),none); do \
-		if [ $$script = none ]; then echo "No sweep is recorded yet: benchmarks/ holds no record_*.py"; \
-		else echo $$script; $(BIN)/python $$script || exit 1; fi; done
+	@for script in $(wildcard benchmarks/record_*.py); do \
+		echo $$script; $(BIN)/python $$script || exit 1; done
 
 bench: setup ## print the performance tables (FULL=1 adds install, build and test)
 	@for script in $(filter-out benchmarks/record_%,$(sort $(wildcard benchmarks/*.py))); do \

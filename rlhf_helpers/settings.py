@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 SCALES = ("tiny", "gpt2")
+# The small GPT-2 that the package carries, with its tokenizer.
+TINY = str(Path(__file__).parent / "assets" / "tiny-gpt2")
 
 
 @dataclass(frozen=True)
@@ -15,10 +18,49 @@ class Settings:
     Args:
         scale: "tiny" or "gpt2".
         device: where models live: "cpu", or "cuda" at scale gpt2 where there is a GPU.
+        model: what `models.load` takes: the folder of the shipped model, or GPT-2's name on the hub.
+        world: where prompts come from, a module of `rlhf_helpers.worlds`: "reviews" or "imdb".
+        max_new_tokens: the longest completion.
+        sft_examples: pairs that chapter 05 fine-tunes on.
+        sft_learning_rate, lora_learning_rate: for all weights, and for an adapter.
     """
 
     scale: str
     device: str
+    model: str
+    world: str
+    max_new_tokens: int
+    sft_examples: int
+    sft_learning_rate: float
+    lora_learning_rate: float
+
+
+def _tiny() -> Settings:
+    return Settings(
+        scale="tiny",
+        device="cpu",
+        model=TINY,
+        world="reviews",
+        max_new_tokens=48,
+        sft_examples=3200,
+        sft_learning_rate=1e-3,
+        lora_learning_rate=1e-2,
+    )
+
+
+def _gpt2() -> Settings:
+    import torch
+
+    return Settings(
+        scale="gpt2",
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        model="gpt2",
+        world="imdb",
+        max_new_tokens=64,
+        sft_examples=3200,
+        sft_learning_rate=5e-5,
+        lora_learning_rate=1e-3,
+    )
 
 
 def load() -> Settings:
@@ -31,8 +73,4 @@ def load() -> Settings:
         raise ValueError(
             f"RLHF_SCALE={scale!r} is unknown; use one of {', '.join(map(repr, SCALES))}"
         )
-    if scale == "tiny":
-        return Settings(scale, "cpu")
-    import torch
-
-    return Settings(scale, "cuda" if torch.cuda.is_available() else "cpu")
+    return _tiny() if scale == "tiny" else _gpt2()

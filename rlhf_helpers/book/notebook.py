@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import warnings
 from importlib import resources
 
@@ -28,7 +29,7 @@ def setup(chapter: str, scale: str | None = None) -> settings.Settings:
     if scale is not None:
         os.environ["RLHF_SCALE"] = scale
     chosen = settings.load()
-    warnings.filterwarnings("ignore", message="IProgress not found")
+    _quiet()
     # tensors here are small: a second thread costs more than it brings, and can change the last digits
     torch.set_num_threads(1)
     plots.use_style()
@@ -37,6 +38,19 @@ def setup(chapter: str, scale: str | None = None) -> settings.Settings:
         shell.run_line_magic("config", "InlineBackend.figure_format = 'retina'")
     print(f"scale {chosen.scale} · device {chosen.device} · {recorded(chapter, chosen.scale)}")
     return chosen
+
+
+def _quiet() -> None:
+    """No progress bars and no advice from the libraries: what a cell prints is compared letter by letter."""
+    warnings.filterwarnings("ignore", message="IProgress not found")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft")
+    if "transformers" in sys.modules:
+        from datasets import disable_progress_bars
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        disable_progress_bars()
 
 
 def recorded(chapter: str, scale: str) -> str:
@@ -48,6 +62,14 @@ def recorded(chapter: str, scale: str) -> str:
     if one is None:
         return "time and memory not yet measured"
     return f"recorded: up to {one['seconds']} s and {one['memory_mib']} MiB on a {one['device']}"
+
+
+def recorded_sweep(chapter: str, run: settings.Settings) -> dict | None:
+    """What `make results` recorded for this chapter; None at a scale that it was not recorded at."""
+    if run.scale != "tiny":
+        return None
+    path = resources.files("rlhf_helpers").joinpath(f"assets/results/{chapter}.json")
+    return json.loads(path.read_text(encoding="utf-8"))["results"]
 
 
 def say(sentence: str) -> None:

@@ -1,0 +1,261 @@
+"""Supervised fine-tuning: raise the log-probability of given responses to given prompts.
+
+A batch lies in memory as a rollout does: prompts padded on the left, responses on the right, so
+that all responses begin in one column.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_helpers._validate import in_range, one_of
+from rlhf_helpers.logprobs import completion_log_probs, masked_mean
+
+LOSS_ON = ("response", "all")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of a run.
+
+    Args:
+        learning_rate: of AdamW, at its highest.
+        epochs: passes over the examples.
+        batch_size: examples a step.
+        warm_up: share of the steps in which the learning rate rises from 0; it then falls to 0,
+            both in a straight line.
+        max_grad_norm: a longer gradient is shortened to this.
+        loss_on: "response", or "all" to train on the tokens of the prompt too.
+        evaluate_every: steps between two looks at the held-out pairs.
+        seed: of the order of the examples.
+    """
+
+    learning_rate: float = 1e-3
+    epochs: int = 1
+    batch_size: int = 16
+    warm_up: float = 0.1
+    max_grad_norm: float = 1.0
+    loss_on: str = "response"
+    evaluate_every: int = 25
+    seed: int = 0
+
+
+class Example(NamedTuple):
+    """A prompt and a response in tokens; the response ends with the end-of-text token."""
+
+    prompt: list[int]
+    response: list[int]
+
+
+class Batch(NamedTuple):
+    """Examples side by side, in P + C columns."""
+
+    tokens: Tensor  # [N, P + C], prompts end in column P − 1
+    attention_mask: Tensor  # [N, P + C], 0 on padding
+    loss_mask: Tensor  # [N, C], 1 where a token is trained
+
+
+class Metrics(NamedTuple):
+    """After one step."""
+
+    step: int  # from 1
+    loss: float  # nats a trained token, before the step
+    grad_norm: float  # before it is clipped
+    learning_rate: float
+    held_out: float | None  # cross-entropy after the step, nats a token; None where not measured
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]) -> list[Example]:
+    """Tokenise prompts and responses, each by itself, and close the response with the end-of-text
+    token.
+
+    Tokenised together, letters on both sides of the border could merge into one token, and the
+    prompt would no longer be the prompt that is sampled from later.
+
+    Args:
+        tokenizer: with an end-of-text token.
+        pairs: (prompt, response, …); what follows is ignored.
+    Raises: ValueError on an empty prompt or response (with its index), or a tokenizer without an
+        end-of-text token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("tokenizer has no end-of-text token, so a response could never end")
+    examples = []
+    for index, (prompt, response, *_) in enumerate(pairs):
+        if not prompt or not response:
+            empty = "response" if prompt else "prompt"
+            raise ValueError(f"pairs[{index}] has an empty {empty}; drop it or fill it in")
+        ids = [
+            tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, response)
+        ]
+        examples.append(Example(ids[0], [*ids[1], tokenizer.eos_token_id]))
+    return examples
+
+
+def collate(examples: Sequence[Example], pad_token_id: int, loss_on: str = "response") -> Batch:
+    """Put examples side by side; masks come from lengths, never from token ids.
+
+    With loss_on="all" everything after the first token counts as response.
+    """
+    one_of(loss_on, LOSS_ON, "loss_on")
+    if loss_on == "all":
+        examples = [Example(p[:1], p[1:] + r) for p, r in examples]
+    left = max(len(example.prompt) for example in examples)
+    right = max(len(example.response) for example in examples)
+    tokens = torch.full((len(examples), left + right), pad_token_id)
+    mask = torch.zeros_like(tokens)
+    for row, (prompt, response) in enumerate(examples):
+        span = slice(left - len(prompt), left + len(response))
+        tokens[row, span] = torch.tensor(prompt + response)
+        mask[row, span] = 1
+    return Batch(tokens, mask, mask[:, left:])
+
+
+def batches(
+    examples: Sequence[Example], config: Config, pad_token_id: int, device: str = "cpu"
+) -> Iterator[Batch]:
+    """The examples in random order, `epochs` times; a last batch that would not be full is left
+    out, unless it is the only one."""
+    generator = torch.Generator().manual_seed(config.seed)
+    for _ in range(config.epochs):
+        order = torch.randperm(len(examples), generator=generator).tolist()
+        for begin in range(
+            0, steps_per_epoch(examples, config) * config.batch_size, config.batch_size
+        ):
+            part = [examples[i] for i in order[begin : begin + config.batch_size]]
+            yield Batch(*(t.to(device) for t in collate(part, pad_token_id, config.loss_on)))
+
+
+def steps_per_epoch(examples: Sequence[Example], config: Config) -> int:
+    """How many batches one pass has."""
+    return max(1, len(examples) // config.batch_size)
+
+
+def sft_loss(policy: nn.Module, batch: Batch) -> Tensor:
+    """Mean negative log-probability of the trained tokens, each given all tokens before it.
+
+    Equation: eq:sft-loss
+
+    The mean is over tokens, so a long response weighs more than a short one.
+
+    Args:
+        policy: a causal language model.
+        batch: tokens [N, P + C], attention_mask [N, P + C], loss_mask [N, C].
+    Returns: a scalar, nats a token.
+    Source: Ouyang et al. 2022, "Training language models to follow instructions with human
+        feedback", section 3.5.
+    """
+    length = batch.loss_mask.shape[1]
+    log_probs = completion_log_probs(policy, batch.tokens, batch.attention_mask, length)
+    return -masked_mean(log_probs, batch.loss_mask)
+
+
+def update(
+    policy: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, max_grad_norm: float = 1.0
+) -> tuple[float, float]:
+    """One step down the gradient of the loss. Returns the loss and the gradient's norm before
+    it."""
+    loss = sft_loss(policy, batch)
+    optimizer.zero_grad()
+    loss.backward()
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    norm = nn.utils.clip_grad_norm_(trained, max_grad_norm)
+    optimizer.step()
+    return loss.item(), norm.item()
+
+
+def learning_rate_at(step: int, steps: int, config: Config) -> float:
+    """Learning rate of step 0, 1, …, steps − 1: up in a straight line, then down to 0."""
+    rising = config.warm_up * steps
+    up = (step + 1) / rising if rising > 0 else math.inf
+    down = (steps - step) / max(1.0, steps - rising)
+    return config.learning_rate * min(1.0, up, down)
+
+
+def train(
+    policy: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[tuple[str, str]],
+    config: Config,
+    held_out: Sequence[tuple[str, str]] = (),
+) -> Iterator[Metrics]:
+    """Fine-tune a policy in place; the caller plots, logs and stops.
+
+    Args:
+        policy: a causal language model; only parameters that require a gradient are trained.
+        tokenizer: its tokenizer.
+        pairs: (prompt, response, …), as text.
+        config: the settings.
+        held_out: pairs that are never trained on, to be measured every `evaluate_every` steps and
+            after the last.
+    Yields: Metrics, one a step.
+    Raises: ValueError on empty texts, no pairs, settings out of range, a loss that is not finite.
+    """
+    _check(pairs, config)
+    policy.eval()  # no dropout: what is trained is what is sampled
+    examples = encode(tokenizer, pairs)
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
+    steps = config.epochs * steps_per_epoch(examples, config)
+    device = next(policy.parameters()).device
+    for step, batch in enumerate(batches(examples, config, tokenizer.pad_token_id, device)):
+        rate = learning_rate_at(step, steps, config)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss, norm = update(policy, optimizer, batch, config.max_grad_norm)
+        if not math.isfinite(loss):
+            raise ValueError(f"the loss is {loss} at step {step + 1}; lower learning_rate")
+        due = (step + 1) % config.evaluate_every == 0 or step + 1 == steps
+        measured = cross_entropy(policy, tokenizer, held_out) if held_out and due else None
+        yield Metrics(step + 1, loss, norm, rate, measured)
+
+
+def _check(pairs: Sequence[tuple[str, str]], config: Config) -> None:
+    if not pairs:
+        raise ValueError("pairs is empty; pass at least one (prompt, response)")
+    in_range(config.learning_rate, "learning_rate", 0.0, open_low=True)
+    in_range(config.epochs, "epochs", 1)
+    in_range(config.batch_size, "batch_size", 1)
+    in_range(config.warm_up, "warm_up", 0.0, 1.0)
+    in_range(config.evaluate_every, "evaluate_every", 1)
+    in_range(config.max_grad_norm, "max_grad_norm", 0.0, open_low=True)
+    one_of(config.loss_on, LOSS_ON, "loss_on")
+
+
+@torch.no_grad()
+def surprise(
+    policy: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[tuple[str, str]],
+    batch_size: int = 100,
+) -> tuple[Tensor, Tensor]:
+    """How unexpected each response is to the policy: −log π(response and its end | prompt).
+
+    Returns: (nats [N], tokens [N]).
+    """
+    examples = encode(tokenizer, pairs)
+    device = next(policy.parameters()).device
+    nats, tokens = [], []
+    for begin in range(0, len(examples), batch_size):
+        batch = collate(examples[begin : begin + batch_size], tokenizer.pad_token_id)
+        batch = Batch(*(t.to(device) for t in batch))
+        length = batch.loss_mask.shape[1]
+        log_probs = completion_log_probs(policy, batch.tokens, batch.attention_mask, length)
+        nats.append(-log_probs.sum(1).cpu())
+        tokens.append(batch.loss_mask.sum(1).cpu())
+    return torch.cat(nats), torch.cat(tokens)
+
+
+def cross_entropy(
+    policy: nn.Module, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]
+) -> float:
+    """Mean surprise a token of the responses, nats; its exponential is the perplexity."""
+    nats, tokens = surprise(policy, tokenizer, pairs)
+    return (nats.sum() / tokens.sum()).item()

@@ -1,0 +1,47 @@
+"""The exercises check themselves: each chapter's checks are in a file of their own."""
+
+from rlhf_helpers.book.checks.chapter_01 import (
+    check_bandit_gradient,
+    check_batch_mean_factor,
+    check_leave_one_out,
+    check_policy_gradient_loss,
+)
+from rlhf_helpers.book.checks.chapter_02 import (
+    check_clipped_objective,
+    check_effective_sample_size,
+    check_four_slopes,
+    check_mended_loss,
+)
+from rlhf_helpers.book.checks.chapter_03 import (
+    check_batches_to_double,
+    check_categorical_kl,
+    check_fisher_product,
+    check_line_search,
+)
+from rlhf_helpers.book.checks.chapter_05 import (
+    check_lora_size,
+    check_loss_mask,
+    check_nucleus,
+    check_perplexity,
+    check_sequence_log_prob,
+)
+
+__all__ = [
+    "check_bandit_gradient",
+    "check_batch_mean_factor",
+    "check_batches_to_double",
+    "check_categorical_kl",
+    "check_clipped_objective",
+    "check_effective_sample_size",
+    "check_fisher_product",
+    "check_four_slopes",
+    "check_leave_one_out",
+    "check_line_search",
+    "check_lora_size",
+    "check_loss_mask",
+    "check_mended_loss",
+    "check_nucleus",
+    "check_perplexity",
+    "check_policy_gradient_loss",
+    "check_sequence_log_prob",
+]

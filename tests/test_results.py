@@ -1,0 +1,50 @@
+"""Recorded sweeps belong to the code that is here now."""
+
+import importlib
+import json
+import math
+
+import pytest
+from nbrun import ROOT
+
+from rlhf_helpers import settings
+from rlhf_helpers.book import recorded_sweep
+
+FOLDER = ROOT / "rlhf_helpers" / "assets" / "results"
+FILES = sorted(FOLDER.glob("*.json"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_settings_in_the_file_are_those_of_the_code(path, monkeypatch):
+    monkeypatch.delenv("RLHF_SCALE", raising=False)
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    script = importlib.import_module(f"record_{path.stem}")
+    record = json.loads(path.read_text())
+    wanted = json.loads(json.dumps(script.settings_of(settings.load())))
+    assert record["settings"] == wanted, "run `make results`"
+    assert record["command"] == "make results"
+    assert record["machine"]
+
+
+def test_the_sweep_of_chapter_05_has_every_run():
+    record = json.loads((FOLDER / "05_sft_lora.json").read_text())
+    results, asked = record["results"], record["settings"]
+    for name in ("response", "all"):
+        curves = results[name]["held_out"]
+        assert len(curves) == len(asked["seeds"]) >= 3
+        assert all(len(curve) == len(results["steps"]) for curve in curves)
+        assert all(math.isfinite(value) for curve in curves for value in curve)
+    runs = len(asked["sweep_seeds"])
+    for name in ("full", "lora"):
+        lengths = [len(ends) for ends in results[f"{name}_by_rate"]]
+        assert lengths == [runs] * len(asked[f"{name}_rates"])
+    for ends in results["by_rank"].values():
+        assert [len(values) for values in ends] == [runs] * len(asked["ranks"])
+
+
+def test_sweeps_are_for_the_scale_they_were_recorded_at(monkeypatch):
+    monkeypatch.setenv("RLHF_SCALE", "tiny")
+    assert recorded_sweep("05_sft_lora", settings.load())["steps"]
+    monkeypatch.setenv("RLHF_SCALE", "gpt2")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert recorded_sweep("05_sft_lora", settings.load()) is None

@@ -7,7 +7,6 @@ above what the process holds once the model is loaded and everything has run onc
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import time
@@ -17,7 +16,6 @@ from typing import NamedTuple
 
 import torch
 from bench_book import machine
-from torch.nn.functional import pad
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging
@@ -26,11 +24,12 @@ from rlhf_helpers.logprobs import completion_log_probs
 from rlhf_helpers.rollout import Rollout, sample
 from rlhf_helpers.settings import TINY
 
+SHIPPED = (Path(TINY) / "model.safetensors").exists()
 SIDES = ("this package", "generate + forward", "TRL")
 
 
 class Work(NamedTuple):
-    """B prompts of P tokens, G samples each of at most C tokens."""
+    """B prompts of P tokens, G samples each of at most C tokens; a turn is one run per seed."""
 
     title: str
     model: str
@@ -39,13 +38,14 @@ class Work(NamedTuple):
     width: int
     new: int
     turns: int
+    seeds: tuple[int, ...]
     goal: str
 
 
 WORKS = {
-    "tiny": Work("tiny GPT-2", "tiny", 64, 1, 24, 24, 4, "sampling 1.3x"),
-    "tiny-groups": Work("tiny GPT-2", "tiny", 8, 8, 24, 24, 4, "sampling 1.3x"),
-    "124M": Work("GPT-2 124M", "124M", 4, 8, 96, 32, 2, "sampling + scoring 2x, memory 0.5x"),
+    "tiny": Work("tiny GPT-2", "tiny", 64, 1, 24, 24, 4, (1, 2, 3), "sampling 1.3x"),
+    "tiny-groups": Work("tiny GPT-2", "tiny", 8, 8, 24, 24, 4, (1, 2, 3), "sampling 1.3x"),
+    "124M": Work("GPT-2 124M", "124M", 4, 8, 96, 32, 2, (1,), "sampling + scoring 2x, memory 0.5x"),
 }
 
 
@@ -54,7 +54,7 @@ WORKS = {
 
 def tiny_work(work):
     """The book's own model on reviews cut short of their end, or random weights of its shape."""
-    if Path(TINY).exists():
+    if SHIPPED:
         from rlhf_helpers import models
         from rlhf_helpers.worlds import reviews
 
@@ -64,7 +64,7 @@ def tiny_work(work):
         rows = [row[-work.width :] for row in rows]
         mask = torch.tensor([[0] * (work.width - len(row)) + [1] * len(row) for row in rows])
         tokens = torch.zeros_like(mask)
-        tokens[mask.bool()] = torch.tensor(sum(rows, []))
+        tokens[mask.bool()] = torch.tensor([token for row in rows for token in row])
         return model, tokens, mask, [tokenizer.eos_token_id]
     config = GPT2Config(vocab_size=1024, n_positions=128, n_embd=144, n_layer=3, n_head=4)
     tokens, mask = random_prompts(work, config.vocab_size)
@@ -157,6 +157,13 @@ def turn(side, model, *rest):
     return middle - start, clock(model) - middle, rollout.completion_mask.sum().item()
 
 
+def runs(side, prepared, work):
+    """Turns from the same seeds each time, so that a side's sequences end where they did before."""
+    for seed in work.seeds:
+        torch.manual_seed(seed)
+        yield turn(side, *prepared, work)
+
+
 def patched_for(side, model):
     """TRL patches the model's forward method; the others get a model that it has not touched."""
     if side == "TRL":
@@ -178,7 +185,7 @@ def matrix_rate(device, dtype):
     """Operations a second of a large matrix product."""
     a = torch.randn(2048, 2048, device=device, dtype=dtype)
     times = []
-    for _ in range(8):
+    for _ in range(3):
         start = clock(a)
         a @ a
         times.append(clock(a) - start)
@@ -186,7 +193,7 @@ def matrix_rate(device, dtype):
 
 
 def copy_rate(device):
-    """Bytes a second that are read when a large tensor is copied (as many are written)."""
+    """Bytes a second, read and written together, when a large tensor is copied."""
     a = torch.empty(2**28, device=device, dtype=torch.uint8)
     b, times = torch.empty_like(a), []
     for _ in range(8):
@@ -204,17 +211,19 @@ def measure_times(name, device, dtype):
     flops, best, rate = {}, {}, 0.0
     for side in SIDES:
         with FlopCounterMode(display=False) as counter:
-            turn(side, *models[side], work)
+            list(runs(side, models[side], work))
         flops[side] = counter.get_total_flops()
-    threads = sorted({1, os.cpu_count()}) if device == "cpu" else [torch.get_num_threads()]
+    threads = (
+        sorted({1, 2, torch.get_num_threads()}) if device == "cpu" else [torch.get_num_threads()]
+    )
     for _ in range(work.turns):
         for count in threads:
             torch.set_num_threads(count)
             rate = max(rate, matrix_rate(device, dtype))
             for side in SIDES:
-                # the same random numbers each time, so that sequences end at the same lengths
-                torch.manual_seed(1)
-                sampling, scoring, tokens = turn(side, *models[side], work)
+                sampling, scoring, tokens = map(
+                    sum, zip(*runs(side, models[side], work), strict=True)
+                )
                 key = f"{side}/{count}"
                 old = best.get(key, (1e9, 1e9, 0))
                 best[key] = min(old[0], sampling), min(old[1], scoring), tokens
@@ -235,8 +244,11 @@ def measure_memory(name, device, dtype, side):
         before = torch.cuda.memory_allocated()
         turn(side, model, tokens, mask, ends, work)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    # makes VmHWM start again from what is resident now
-    Path("/proc/self/clear_refs").write_text("5")
+    restart = Path("/proc/self/clear_refs")
+    if not restart.exists():
+        return float("nan")
+    # VmHWM starts again from what is resident now
+    restart.write_text("5")
     before = resident("VmRSS")
     turn(side, model, tokens, mask, ends, work)
     return resident("VmHWM") - before
@@ -269,15 +281,18 @@ def fastest(best, side, column):
 
 def table(name, device, dtype):
     work = WORKS[name]
-    random = "" if work.model == "tiny" and Path(TINY).exists() else ", random weights"
+    random = "" if work.model == "tiny" and SHIPPED else ", random weights"
     print(
         f"\n{work.title}{random}, {device} {dtype}: {work.prompts} prompts x {work.group} samples, "
-        f"{work.width} prompt and {work.new} new tokens (goal: {work.goal})"
+        f"{work.width} prompt and {work.new} new tokens (goal: {work.goal})",
+        flush=True,
     )
     found = in_a_process("times", name, device, dtype)
     memory = {side: in_a_process("memory", name, device, dtype, side) for side in SIDES}
     best, base = found["best"], "generate + forward"
-    print(f"{'':<20}{'sampling':>16}{'scoring':>16}{'both':>16}{'peak memory':>20}{'of matmul':>11}")
+    print(
+        f"{'':<20}{'sampling':>16}{'scoring':>16}{'both':>16}{'peak memory':>20}{'of matmul':>11}"
+    )
     for side in SIDES:
         cells = []
         for column in (0, 1, None):
@@ -286,7 +301,10 @@ def table(name, device, dtype):
             cells.append(f"{seconds * 1e3:7.0f}ms/{threads} {ratio:4.2f}x")
         share = found["flops"][side] / fastest(best, side, None)[0] / found["rate"]
         size = f"{memory[side]:9.0f} MiB {memory[side] / memory[base]:4.2f}x"
-        print(f"{side:<20}{''.join(f'{cell:>16}' for cell in cells)}{size:>20}{share:>10.0%}")
+        print(
+            f"{side:<20}{''.join(f'{cell:>16}' for cell in cells)}{size:>20}{share:>10.0%}",
+            flush=True,
+        )
     print_limit(found, work)
 
 

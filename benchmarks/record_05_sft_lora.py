@@ -16,9 +16,9 @@ from rlhf_helpers.algorithms import sft
 RESULTS = Path(__file__).resolve().parents[1] / "rlhf_helpers" / "assets" / "results"
 SEEDS = [0, 1, 2, 3, 4]
 SWEEP_SEEDS = [0, 1, 2]
-FULL_RATES = [1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2]
-LORA_RATES = [1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
-RANKS = [1, 4, 16, 64]
+FULL_RATES = [1e-5, 1e-4, 1e-3, 3e-3, 1e-2]
+LORA_RATES = [1e-4, 1e-3, 1e-2, 3e-2, 1e-1]
+RANKS = [2, 8, 32]
 # what an adapter is added to: query, key and value of the attention, or every matrix
 TARGETS = {"attention": None, "all matrices": "all-linear"}
 
@@ -46,12 +46,16 @@ def main():
     requests = world.instructions("held_out", 200)
     start = time.perf_counter()
 
-    def fine_tune(seed, learning_rate, rank=None, loss_on="response", target="all matrices"):
+    def fine_tune(
+        seed, learning_rate, rank=None, loss_on="response", target="all matrices", every=10**6
+    ):
         policy = copy.deepcopy(model)
         if rank is not None:
             torch.manual_seed(seed)
             policy = models.lora_policy(policy, rank, 2 * rank, TARGETS[target])
-        config = sft.Config(learning_rate=learning_rate, loss_on=loss_on, seed=seed)
+        config = sft.Config(
+            learning_rate=learning_rate, loss_on=loss_on, seed=seed, evaluate_every=every
+        )
         examples = world.instructions("train", run.sft_examples, seed)
         try:
             history = list(sft.train(policy, tokenizer, examples, config, requests))
@@ -66,7 +70,10 @@ def main():
 
     results = {"before": round(sft.cross_entropy(model, tokenizer, requests), 4)}
     for loss_on in sft.LOSS_ON:
-        curves = [fine_tune(seed, run.sft_learning_rate, loss_on=loss_on) for seed in SEEDS]
+        curves = [
+            fine_tune(seed, run.sft_learning_rate, loss_on=loss_on, every=sft.Config.evaluate_every)
+            for seed in SEEDS
+        ]
         results["steps"] = curves[0][0]
         results[loss_on] = {"held_out": [curve for _, curve, _ in curves]}
     results |= {"full_rates": FULL_RATES, "lora_rates": LORA_RATES, "ranks": RANKS}

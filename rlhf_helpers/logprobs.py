@@ -401,7 +401,8 @@ def _shared_states(
         return states
     if not _repeatable(past):
         return None
-    past.batch_repeat_interleave(group)
+    for layer in past.layers:
+        _repeat_when_used(layer, group)
     rest = slice(-completion_length, -1)
     later, _ = _run(
         model,
@@ -413,6 +414,22 @@ def _shared_states(
         use_cache=True,
     )
     return torch.cat([states, later], dim=1)
+
+
+def _repeat_when_used(layer: Any, group: int) -> None:
+    """Repeat the layer's keys and values just before it gets those of the completions.
+
+    Repeated all at once, they and, in the backward pass, their gradients would lie in memory for
+    every layer together.
+    """
+
+    def repeat_and_update(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        # the class's own method again: a layer that held this function would never be freed at once
+        del layer.update
+        layer.batch_repeat_interleave(group)
+        return layer.update(*args, **kwargs)
+
+    layer.update = repeat_and_update
 
 
 def _has_cache(model: nn.Module) -> bool:

@@ -76,8 +76,8 @@ def sample(
         generator: on the model's device; with one, the global random state is untouched.
     Returns: a Rollout.
     Raises: ValueError on a prompt that is empty or padded on the right, a token outside the
-        vocabulary, prompt + max_new_tokens beyond the model's context, or a number outside its
-        range; FloatingPointError on logits that are NaN or infinite, saying the step and the row.
+        vocabulary, prompt + max_new_tokens beyond the model's context, a number outside its
+        range, or logits that are NaN or infinite, saying the step and the row.
     Source: Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration" (top-p); Fan et
         al. 2018, "Hierarchical Neural Story Generation" (top-k).
     """
@@ -201,7 +201,7 @@ def _check_logits(logits: Tensor, rows: Tensor, step: int) -> None:
     wrong = ~logits.amax(-1).isfinite()
     if wrong.any():
         row = rows[wrong.nonzero()[0].item()].item()
-        raise FloatingPointError(
+        raise ValueError(
             f"the model's logits are NaN or infinite at step {step} in row {row}; "
             "look for a diverged update or half-precision overflow"
         )

@@ -57,7 +57,7 @@ def _gpt2() -> Settings:
         model="gpt2",
         world="imdb",
         max_new_tokens=64,
-        sft_examples=3200,
+        sft_examples=1600,
         sft_learning_rate=5e-5,
         lora_learning_rate=1e-3,
     )

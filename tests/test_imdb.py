@@ -129,7 +129,7 @@ def test_unknown_splits_and_impossible_numbers_are_refused(rows, function):
 
 def test_both_worlds_are_called_alike():
     """Oracle: the signatures of the made-up world."""
-    for name in ("texts", "openings", "instructions", "follows"):
+    for name in ("texts", "openings", "instructions", "follows", "surprise"):
         here, there = (inspect.signature(getattr(world, name)) for world in (imdb, reviews))
         assert here == there
 
@@ -138,7 +138,7 @@ CODE = """
 import json
 from rlhf_helpers.worlds import imdb
 try:
-    print(json.dumps([imdb.texts("held_out", 200), imdb.instructions("train", 20)]))
+    print(json.dumps([imdb.texts("held_out", 1200), imdb.instructions("train", 20)]))
 except OSError as error:
     print(error)
 """
@@ -154,7 +154,7 @@ def offline(home):
 
 def test_the_data_set_is_read_from_the_cache_without_a_network(tmp_path):
     """Oracle: the rows that were written there, cleaned by hand."""
-    held_out = fake_hub.reviews(200, seed=2)
+    held_out = fake_hub.reviews(1200, seed=2)
     fake_hub.write_imdb(tmp_path, {"train": fake_hub.reviews(100, seed=1), "test": held_out})
     texts, requests = json.loads(offline(tmp_path))
     cleaned = [text.replace("<br /><br />", " ").replace("  ", " ") for text, _ in held_out]

@@ -10,6 +10,7 @@ from collections import Counter
 
 import pytest
 
+from rlhf_helpers import worlds
 from rlhf_helpers.worlds import reviews
 
 
@@ -263,3 +264,21 @@ def test_the_same_seed_gives_the_same_reviews_in_another_process():
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         call()
+
+
+def test_worlds_are_found_by_name():
+    assert worlds.load("reviews") is reviews
+    with pytest.raises(
+        ValueError, match=re.escape("name='films' is unknown; use one of 'reviews'")
+    ):
+        worlds.load("films")
+
+
+def test_the_floor_of_instructions_is_the_probability_of_their_responses():
+    """Oracle: counts. Of all responses to one request, the share of a frequent one is its probability."""
+    asked = [i for i in reviews.instructions("train", 60_000) if (i.topic, i.stars) == ("plot", 5)]
+    text, count = Counter(i.response for i in asked).most_common(1)[0]
+    one = next(i for i in asked if i.response == text)
+    p = math.exp(-reviews.surprise([one])[0])
+    assert abs(count - p * len(asked)) < 4 * (p * len(asked)) ** 0.5 + 3
+    assert reviews.surprise([one._replace(response="No review.")]) == [math.inf]

@@ -216,7 +216,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tokenizer):
     model = build("gpt2")
     with torch.no_grad():
         model.transformer.wte.weight[3] = float("nan")
-    with pytest.raises((ValueError, FloatingPointError), match=r"nan|NaN"):
+    with pytest.raises(ValueError, match="the loss is nan at step 1; lower learning_rate"):
         list(sft.train(model, tokenizer, PAIRS, sft.Config()))
 
 

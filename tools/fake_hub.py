@@ -166,8 +166,8 @@ def make(cache):
     cache = Path(cache)
     # an unlabelled review has label -1, as in the real data set
     splits = {
-        "train": reviews(300, seed=1),
-        "test": reviews(200, seed=2),
+        "train": reviews(2400, seed=1),
+        "test": reviews(1200, seed=2),
         "unsupervised": [(text, -1) for text, _ in reviews(50, seed=3)],
     }
     texts = [text for text, _ in splits["train"]]

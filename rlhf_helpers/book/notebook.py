@@ -42,7 +42,6 @@ def setup(chapter: str, scale: str | None = None) -> settings.Settings:
 
 def _quiet() -> None:
     """No progress bars and no advice from the libraries: what a cell prints is compared letter by letter."""
-    warnings.filterwarnings("ignore", message="IProgress not found")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft")
     if "transformers" in sys.modules:
         from datasets import disable_progress_bars

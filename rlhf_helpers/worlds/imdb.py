@@ -6,8 +6,10 @@ what the best response to a request is here, so responses are what reviewers wro
 
 from __future__ import annotations
 
+import math
 import random
 import re
+from collections.abc import Iterable
 from functools import cache
 
 from rlhf_helpers._validate import in_range, one_of
@@ -123,3 +125,13 @@ def _topics(text: str) -> list[str]:
 def follows(instruction: Instruction, completion: str) -> bool:
     """Whether a completion mentions the topic that was asked for, as a word."""
     return instruction.topic in _topics(completion)
+
+
+def surprise(instructions: Iterable[Instruction]) -> list[float]:
+    """NaN for each: nobody knows how probable a response was."""
+    return [math.nan for _ in instructions]
+
+
+def parse(text: str) -> None:
+    """None: no grammar has written these reviews."""
+    return None

@@ -235,9 +235,8 @@ def lora_policy(
 def reference(policy: nn.Module) -> Callable[[], AbstractContextManager[nn.Module]]:
     """Fix the policy as it is now as the reference of a training run.
 
-        frozen = reference(policy)      # before the first update
-        with frozen() as model:         # whenever reference log-probabilities are needed
-            ref_log_probs = completion_log_probs(model, ...)
+    Call it once, before the first update: `frozen = reference(policy)`. Whenever log-probabilities
+    of the reference are needed, write `with frozen() as model:` and score with `model`.
 
     For a plain model the reference is a frozen copy. A policy from `lora_policy` needs none: with
     its adapter switched off it is the model that it started from. Inside the block the model is in

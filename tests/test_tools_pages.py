@@ -156,3 +156,15 @@ def test_links_that_leave_the_book_are_no_problem(site):
     )
     (site / "html" / "page.html").write_text(page)
     assert problems(site) == ""
+
+
+def test_a_table_that_is_shown_as_text_is_found(site):
+    notebook = make_notebook()
+    table = {"text/markdown": "| a | b |\n|---|---|\n| 1 | 2 |\n", "text/plain": "<Markdown>"}
+    notebook.cells[1].outputs.append(nbformat.v4.new_output("display_data", table))
+    nbformat.write(notebook, site / "page.ipynb")
+    page = site / "html" / "page.html"
+    page.write_text(PAGE.replace("</body>", "<p>| a | b | |---|---| | 1 | 2 |</p></body>"))
+    assert "1 tables in the notebook, 0 on the page" in problems(site)
+    page.write_text(PAGE.replace("</body>", "<table><tr><td>a b 1 2</td></tr></table></body>"))
+    assert problems(site) == ""

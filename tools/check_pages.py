@@ -119,6 +119,18 @@ def missing_outputs(notebook, html):
                     yield f"the output of cell {number} is not on the page: {text.strip()[:60]!r}"
 
 
+def missing_tables(notebook, html):
+    """Tables that prose or outputs write in Markdown and the page shows as text."""
+    texts = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    for cell in notebook.cells:
+        data = [output.get("data", {}) for output in cell.get("outputs", [])]
+        texts += [one["text/markdown"] for one in data if "text/markdown" in one]
+    wanted = sum(token.type == "table_open" for text in texts for token in MARKDOWN.parse(text))
+    shown = len(html.select("table"))
+    if shown < wanted:
+        yield f"{wanted} tables in the notebook, {shown} on the page"
+
+
 def missing_maths(sources, html):
     tokens = [token for source in sources for token in MARKDOWN.parse(source)]
     inline = sum(child.type == "math_inline" for token in tokens for child in token.children or [])
@@ -149,7 +161,11 @@ def check_page(name, source_root, html_root, html):
         return list(missing_maths([source.read_text(encoding="utf-8")], page))
     notebook = nbformat.read(source, as_version=4)
     prose = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
-    return [*missing_maths(prose, page), *missing_outputs(notebook, page)]
+    return [
+        *missing_maths(prose, page),
+        *missing_outputs(notebook, page),
+        *missing_tables(notebook, page),
+    ]
 
 
 # --- links and loads -------------------------------------------------------------------------------------------------

@@ -9,22 +9,6 @@ from rlhf_helpers.book import claims, notebook, plots, show_source
 from rlhf_helpers.losses import ppo_clip_loss
 
 
-def test_scale_comes_from_the_environment(monkeypatch):
-    """Oracle: the documented default and the two names."""
-    monkeypatch.delenv("RLHF_SCALE", raising=False)
-    assert settings.load() == settings.Settings("tiny", "cpu")
-    monkeypatch.setenv("RLHF_SCALE", "gpt2")
-    assert settings.load().scale == "gpt2"
-    assert settings.load().device == ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def test_unknown_scale_lists_the_known_ones(monkeypatch):
-    """Oracle: the message."""
-    monkeypatch.setenv("RLHF_SCALE", "huge")
-    with pytest.raises(ValueError, match="'tiny', 'gpt2'"):
-        settings.load()
-
-
 def test_setup_line_switches_the_scale(monkeypatch, capsys):
     """Oracle: what is printed, and what everything after it loads."""
     monkeypatch.setenv("RLHF_SCALE", "tiny")

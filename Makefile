@@ -3,9 +3,12 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+UI := .venv-ui
+UI_INSTALLED := $(UI)/.installed
+CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book html test lab refresh tables tiny results bench repo clean
+.PHONY: help setup book html test test-ui lab refresh tables tiny results bench repo clean
 
 # Builds $(1)/_build/html from the notebooks' stored outputs; pages of an earlier build never survive.
 # Warnings and errors come on the other channel; what is silenced is a banner.
@@ -13,7 +16,7 @@ build_pages = rm -rf $(1)/_build/html $(1)/_build/.doctrees && $(BIN)/jupyter-bo
 
 help: ## this list
 	@echo "RLHF by Experiment"
-	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1#\2/p' $(MAKEFILE_LIST) | awk -F'#' '{printf "%-18s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1#\2/p' $(MAKEFILE_LIST) | awk -F'#' '{printf "%-18s %s\n", $$1, $$2}'
 
 setup: $(INSTALLED) ## make .venv from requirements.txt
 $(INSTALLED): requirements.txt pyproject.toml
@@ -36,6 +39,16 @@ test: setup ## lint, unit tests, notebooks against their stored outputs, pages
 	$(BIN)/ruff check .
 	$(BIN)/pytest --nbval --nbval-current-env
 
+test-ui: ## test the labelling panel in JupyterLab and Chromium, in an environment of its own
+	@test -n "$(CHROMIUM)" || { echo "test-ui needs Chromium on the PATH: apt-get install chromium (Debian, Ubuntu), or Chrome"; exit 1; }
+	@$(MAKE) -s $(UI_INSTALLED)
+	$(UI)/bin/python -m pytest tests_ui
+
+$(UI_INSTALLED): requirements-ui.txt requirements.txt
+	test -x $(UI)/bin/python || $(PYTHON) -m venv $(UI)
+	$(UI)/bin/python -m pip install -q --disable-pip-version-check -r requirements-ui.txt
+	@touch $@
+
 lab: setup ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
 
@@ -48,7 +61,8 @@ tables: setup ## write the pages book/equations.md and book/status.md
 	$(BIN)/python tools/build_equations.py
 
 tiny: setup ## train the tiny GPT-2 again (about ten minutes)
-	$(BIN)/python tools/make_tiny.py
+	@# idle threads sleep: on a machine that is busy otherwise, spinning ones cost more than they bring
+	OMP_WAIT_POLICY=passive $(BIN)/python tools/make_tiny.py
 
 results: setup ## record the long sweeps that notebooks draw
 	@for script in $(wildcard benchmarks/record_*.py); do \
@@ -61,6 +75,6 @@ bench: setup ## print the performance tables (FULL=1 adds install, build and tes
 repo: setup ## write another repository's address everywhere: REPO=owner/name
 	$(BIN)/python tools/set_repo.py $(REPO)
 
-clean: ## remove everything that was built, except .venv
+clean: ## remove everything that was built, except .venv and .venv-ui
 	rm -rf _build .pytest_cache .ruff_cache .hypothesis *.egg-info
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

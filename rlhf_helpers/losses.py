@@ -1,4 +1,5 @@
-"""The losses: scalars to minimise, from log-probabilities, advantages and masks."""
+"""The losses: scalars to minimise, from log-probabilities, advantages and masks, or from the scores
+of responses that were compared."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from rlhf_helpers._validate import as_mask, finite, in_range, same_shape
 from rlhf_helpers.kl import kl_estimate
@@ -148,3 +150,139 @@ def value_loss(
         moved = old_values + (values - old_values).clamp(-clip, clip)
         error = torch.maximum(error, (moved - returns).square())
     return 0.5 * masked_mean(error, mask)
+
+
+def bradley_terry_loss(
+    chosen_scores: Tensor,
+    rejected_scores: Tensor,
+    margin: Tensor | float | None = None,
+    preference: Tensor | float | None = None,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Cross-entropy of the labels under P(chosen preferred) = σ(z), where z is the difference of
+    the two scores, less the margin.
+
+    Equation: eq:bradley-terry
+
+    Only differences of scores matter: a constant added to all of them changes nothing. The score
+    is a free number, not a log-probability of a language model.
+
+    Args:
+        chosen_scores: score of the response that was chosen, any shape.
+        rejected_scores: score of the other one, the same shape.
+        margin: how far apart the two scores should be at least; the same shape or one number;
+            None means 0.
+        preference: the label, P(chosen preferred) in [0, 1]; the same shape or one number; None
+            means 1. A pair that was called equal has 0.5.
+        weight: of each pair, ≥ 0, the same shape; None weighs all the same.
+    Returns: a scalar, nats a pair.
+    Raises: ValueError on unequal shapes, no pairs, a number that is not finite, a preference
+        outside [0, 1], a weight below 0, weights that are all 0.
+    Source: Bradley and Terry 1952, "Rank Analysis of Incomplete Block Designs"; as a loss:
+        Ouyang et al. 2022, "Training language models to follow instructions with human feedback",
+        section 3.5; margin: Touvron et al. 2023, "Llama 2", section 3.2.2.
+    """
+    same_shape(chosen_scores=chosen_scores, rejected_scores=rejected_scores, weight=weight)
+    _check_scores(chosen_scores=chosen_scores, rejected_scores=rejected_scores)
+    z = chosen_scores - rejected_scores
+    if margin is not None:
+        z = z - _label(margin, "margin", z)
+    losses = -logsigmoid(z)
+    if preference is not None:
+        preference = _label(preference, "preference", z)
+        in_range(preference.min().item(), "preference", 0.0, 1.0)
+        in_range(preference.max().item(), "preference", 0.0, 1.0)
+        losses = preference * losses - (1.0 - preference) * logsigmoid(-z)
+    if weight is None:
+        return losses.mean()
+    weight = _label(weight, "weight", z)
+    in_range(weight.min().item(), "weight", 0.0)
+    in_range(weight.sum().item(), "sum of weight", 0.0, open_low=True)
+    return (weight * losses).sum() / weight.sum()
+
+
+def plackett_luce_loss(scores: Tensor) -> Tensor:
+    """−log P(ranking): the first is chosen among all, the second among the rest, and so on, each
+    with a probability proportional to the exponential of its score.
+
+    Equation: eq:plackett-luce
+
+    With two responses it is the Bradley-Terry loss.
+
+    Args:
+        scores: [N, K], N rankings of K ≥ 2 responses, best first.
+    Returns: a scalar, nats a ranking (not a pair).
+    Raises: ValueError on another shape, no rankings, a score that is not finite.
+    Source: Plackett 1975, "The Analysis of Permutations"; Rafailov et al. 2023, "Direct Preference
+        Optimization", appendix A.3.
+    """
+    if scores.dim() != 2 or scores.shape[1] < 2:
+        raise ValueError(
+            f"scores has shape {tuple(scores.shape)}; pass [N, K] with K ≥ 2, best first"
+        )
+    _check_scores(scores=scores)
+    # logcumsumexp would do it in one call, but its gradient is off in the fifth digit for large scores
+    left = [scores[:, k:].logsumexp(1) for k in range(scores.shape[1])]
+    return (torch.stack(left, 1) - scores).sum(1).mean()
+
+
+def rao_kupper_loss(
+    scores_a: Tensor, scores_b: Tensor, outcome: Tensor, threshold: Tensor | float
+) -> Tensor:
+    """−log P(outcome) when a comparison may end in a tie: the better one wins only if it is felt
+    to be better by more than a threshold.
+
+    Equation: eq:rao-kupper
+
+    A win has the probability that Bradley-Terry gives with the threshold as margin; at threshold 0
+    nothing ties and this is the Bradley-Terry loss. A tie is not half a win: it says that the
+    scores are close.
+
+    Args:
+        scores_a: score of the first response, any shape.
+        scores_b: score of the second, the same shape.
+        outcome: 1 where the first won, 0 where the second won, 0.5 for a tie; the same shape.
+        threshold: ζ ≥ 0, in units of score; a tensor of one number can be trained.
+    Returns: a scalar, nats a comparison.
+    Raises: ValueError on unequal shapes, no comparisons, a score that is not finite, another
+        outcome, a negative threshold or more than one, a tie at threshold 0.
+    Source: Rao and Kupper 1967, "Ties in Paired-Comparison Experiments: A Generalization of the
+        Bradley-Terry Model".
+    """
+    same_shape(scores_a=scores_a, scores_b=scores_b, outcome=outcome)
+    _check_scores(scores_a=scores_a, scores_b=scores_b)
+    ties = outcome == 0.5
+    if not (ties | (outcome == 0) | (outcome == 1)).all():
+        raise ValueError("outcome must be 1 (the first won), 0 (the second) or 0.5 (a tie)")
+    z = scores_a - scores_b
+    threshold = torch.as_tensor(threshold, dtype=z.dtype, device=z.device)
+    if threshold.numel() != 1:
+        raise ValueError(f"threshold has shape {tuple(threshold.shape)}; pass one number")
+    in_range(threshold.item(), "threshold", 0.0)
+    if ties.any() and threshold == 0:
+        raise ValueError("threshold=0 makes ties impossible, but outcome holds one; raise it")
+    log_probs = (outcome >= 0.5) * logsigmoid(z - threshold)
+    log_probs = log_probs + (outcome <= 0.5) * logsigmoid(-z - threshold)
+    if ties.any():
+        # log(e^2ζ − 1), which overflows where ζ is large
+        log_probs = log_probs + ties * (2.0 * threshold + (-torch.expm1(-2.0 * threshold)).log())
+    return -log_probs.mean()
+
+
+def _check_scores(**scores: Tensor) -> None:
+    for name, values in scores.items():
+        if values.numel() == 0:
+            raise ValueError(f"{name} is empty; pass at least one")
+        finite(values, name)
+
+
+def _label(value: Tensor | float, name: str, like: Tensor) -> Tensor:
+    """A constant of the shape of `like`, from one such or from one number."""
+    value = torch.as_tensor(value, dtype=like.dtype, device=like.device).detach()
+    value = value.expand_as(like) if value.dim() == 0 else value
+    if value.shape != like.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}, the scores {tuple(like.shape)}; make them equal"
+        )
+    finite(value, name)
+    return value

@@ -1,0 +1,598 @@
+"""Preferences: pairs of responses and where they are kept, simulated annotators, agreement between
+annotators, and strengths from counts of wins.
+
+A pair is a row with a prompt, the chosen and the rejected response, and, where they are known,
+whether it was a tie, how strong the preference was, and who gave it. A set of pairs is a
+`datasets.Dataset` with the columns that TRL's trainers read.
+"""
+
+from __future__ import annotations
+
+import codecs
+import itertools
+import json
+import math
+import os
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from datasets import Dataset, Features, Value
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor
+
+from rlhf_helpers._validate import finite, in_range, one_of
+from rlhf_helpers.losses import bradley_terry_loss
+
+TEXTS = ("prompt", "chosen", "rejected")
+FEATURES = Features(
+    {name: Value("string") for name in TEXTS}
+    | {"tie": Value("bool"), "strength": Value("float64"), "annotator": Value("string")}
+)
+LEVELS = ("nominal", "ordinal", "interval", "ratio")
+_SHOWN = 20  # bad rows that an error lists
+_RESAMPLES = 1000
+
+# A reward function: (prompts, responses) to as many numbers.
+Utility = Callable[[list[str], list[str]], Sequence[float]]
+
+# --- pairs -----------------------------------------------------------------------------------------
+
+
+def from_rows(rows: Iterable[Mapping]) -> Dataset:
+    """A data set of pairs.
+
+    Args:
+        rows: each with prompt, chosen and rejected (text; only the prompt may be empty), and
+            possibly tie (bool), strength (number ≥ 0) and annotator (text); None counts as
+            missing.
+    Returns: the columns prompt, chosen, rejected, and those of tie, strength and annotator that
+        any row names, with None where a row does not.
+    Raises: ValueError on no rows, or one that lists the bad rows: a missing or unknown field, a
+        wrong type, an empty response, two equal responses.
+    """
+    rows = list(rows)
+    if not rows:
+        raise ValueError("rows is empty; pass at least one pair")
+    checked = ((f"rows[{i}]", _problem(row)) for i, row in enumerate(rows))
+    _refuse("rows", [f"{where}: {problem}" for where, problem in checked if problem])
+    return _dataset(rows)
+
+
+def read_jsonl(path: str | os.PathLike) -> Dataset:
+    """The pairs of a file with one JSON object a line; `scan_jsonl` reads what is good of it.
+
+    Args:
+        path: a UTF-8 file; empty lines are skipped.
+    Returns: as `from_rows`.
+    Raises: ValueError that lists the bad lines by number; OSError if the file cannot be read.
+    """
+    pairs, problems = scan_jsonl(path)
+    _refuse(str(path), problems)
+    if not len(pairs):
+        raise ValueError(f"{path} holds no pairs; write one JSON object a line")
+    return pairs
+
+
+def scan_jsonl(path: str | os.PathLike) -> tuple[Dataset, list[str]]:
+    """The good pairs of a file, and what is wrong with the other lines.
+
+    Args:
+        path: as in `read_jsonl`.
+    Returns: (pairs, problems); a problem names the line, counted from 1, and the field.
+    Raises: OSError if the file cannot be read.
+    """
+    rows, problems = [], []
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            row = _parse(line.rstrip())
+            problem = _problem(row)
+        except ValueError as error:
+            problem = str(error)
+        if problem:
+            problems.append(f"line {number}: {problem}")
+        else:
+            rows.append(row)
+    return _dataset(rows), problems
+
+
+def write_jsonl(pairs: Iterable[Mapping], path: str | os.PathLike) -> None:
+    """Write pairs to a file, one JSON object a line; `read_jsonl` gives the same pairs back.
+
+    The file is written aside and then renamed: whoever reads sees the old file or the new one,
+    even if this run is cut off.
+
+    Args:
+        pairs: a data set of pairs, or rows as `from_rows` takes them.
+        path: an existing file is replaced.
+    Raises: ValueError as `from_rows`; OSError if the folder cannot be written.
+    """
+    pairs = from_rows(pairs)
+    path = Path(path).resolve()
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(aside, "w", encoding="utf-8", newline="\n") as file:
+            for row in pairs:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _dataset(rows: list[Mapping]) -> Dataset:
+    named = {name for row in rows for name in row}
+    features = Features({k: v for k, v in FEATURES.items() if k in TEXTS or k in named})
+    columns = {name: [row.get(name) for row in rows] for name in features}
+    if "strength" in columns:
+        columns["strength"] = [None if s is None else float(s) for s in columns["strength"]]
+    return Dataset.from_dict(columns, features=features)
+
+
+def _refuse(what: str, problems: list[str]) -> None:
+    if problems:
+        rest = len(problems) - _SHOWN
+        more = [f"and {rest} more"] if rest > 0 else []
+        listed = "\n".join(problems[:_SHOWN] + more)
+        raise ValueError(f"{what}: {len(problems)} bad; correct them or leave them out\n{listed}")
+
+
+def _lines(path: str | os.PathLike) -> Iterator[bytes]:
+    # as bytes, because a line that is not UTF-8 must not hide the others
+    with open(path, "rb") as file:
+        for number, line in enumerate(file):
+            yield line.removeprefix(codecs.BOM_UTF8) if number == 0 else line
+
+
+def _parse(line: bytes) -> object:
+    """The value of a line. Raises: ValueError saying what is wrong with it."""
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start} is not UTF-8; save the file as UTF-8") from error
+    try:
+        return json.loads(text, object_pairs_hook=_fields)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at character {error.pos + 1}") from error
+    except RecursionError as error:
+        raise ValueError("not a pair: brackets nested too deep") from error
+
+
+def _fields(pairs: list[tuple[str, object]]) -> dict:
+    # JSON lets a name come twice, and Python keeps the last
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError("a field comes twice; keep one")
+    return row
+
+
+def _problem(row: object) -> str | None:
+    """What is wrong with a row; None if nothing is."""
+    if not isinstance(row, Mapping):
+        return f"is a {type(row).__name__}, not an object with prompt, chosen and rejected"
+    for name in row:
+        if name not in FEATURES:
+            return f"unknown field {name!r}; the fields are {', '.join(FEATURES)}"
+    for name in TEXTS:
+        if row.get(name) is None:
+            return f"{name} is missing"
+    for name in (*TEXTS, "annotator"):
+        value = row.get(name)
+        if value is not None and not isinstance(value, str):
+            return f"{name} is a {type(value).__name__}, not a text"
+        # the file can spell half a character, which no UTF-8 can hold
+        if value is not None and value.encode("utf-8", "replace").decode() != value:
+            return f"{name} is not valid Unicode"
+        if value is not None and name != "prompt" and not value.strip():
+            return f"{name} is empty"
+    if row["chosen"] == row["rejected"]:
+        return "chosen equals rejected"
+    if not isinstance(row.get("tie"), bool | np.bool_ | None):
+        return f"tie is a {type(row['tie']).__name__}, not true or false"
+    return _strength_problem(row.get("strength"))
+
+
+def _strength_problem(strength: object) -> str | None:
+    if strength is None:
+        return None
+    if isinstance(strength, bool) or not isinstance(strength, Real):
+        return f"strength is a {type(strength).__name__}, not a number"
+    if not 0 <= strength <= sys.float_info.max:
+        return "strength must be a finite number ≥ 0"
+    return None
+
+
+# --- annotators ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Annotator:
+    """A simulated annotator, who feels a difference between two responses and reports it.
+
+    What is felt is z = (u_1 − u_2)/temperature + length_bias · (words_1 − words_2) +
+    position_bias, plus a random number from the logistic distribution. The first is preferred if
+    that is above `tie_threshold`, the second if it is below −`tie_threshold`; else it is a tie.
+    Without ties, P(first preferred) = (1 − noise) · σ(z) + noise/2: the Bradley-Terry model, with
+    known faults.
+
+    Args:
+        name: tells annotators apart, and belongs to the seed.
+        temperature: > 0; differences of utility are felt in this unit. Small is sure.
+        length_bias: per word; above 0 for someone who likes long responses.
+        position_bias: above 0 for someone who likes what is shown first.
+        noise: share of the pairs that are answered without looking, as if z were 0.
+        tie_threshold: ≥ 0, in units of z; 0 makes no ties.
+    Raises: ValueError on a value out of range.
+    """
+
+    name: str
+    temperature: float = 1.0
+    length_bias: float = 0.0
+    position_bias: float = 0.0
+    noise: float = 0.0
+    tie_threshold: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.name.strip():
+            raise ValueError("name is empty; give each annotator one")
+        in_range(self.temperature, "temperature", 0.0, open_low=True)
+        in_range(self.noise, "noise", 0.0, 1.0)
+        in_range(self.tie_threshold, "tie_threshold", 0.0)
+        for name in ("length_bias", "position_bias"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)} must be finite")
+
+
+class Annotations(NamedTuple):
+    """What annotators said."""
+
+    pairs: Dataset  # one row a pair and annotator, the annotators of a pair next to each other
+    preferences: Tensor  # [N, A]: 1 where the first was preferred, 0 the second, 0.5 a tie
+
+
+def annotate(
+    prompts: Sequence[str],
+    first: Sequence[str],
+    second: Sequence[str],
+    utility: Utility,
+    annotators: Sequence[Annotator],
+    seed: int = 0,
+) -> Annotations:
+    """Have simulated annotators compare pairs of responses.
+
+    Each annotator has a random stream of their own, so one more changes nothing about the others.
+
+    Args:
+        prompts: N texts.
+        first: N responses, shown first.
+        second: N responses to the same prompts, each different from the first.
+        utility: true utilities of responses: (prompts, responses) to as many numbers; any reward
+            function will do.
+        annotators: A of them, with different names.
+        seed: of the labels.
+    Returns: Annotations(pairs, preferences). In a tie the response shown first stands as chosen.
+        `strength` is the size of what was felt, in units of z, and 0 for a tie.
+    Raises: ValueError on lists of unequal length, no pairs, equal or empty responses, annotators
+        of one name, utilities that are not finite.
+    """
+    _check_pairs(prompts, first, second, annotators)
+    felt = _felt(prompts, first, second, utility, annotators)
+    streams = [random.Random(f"annotate {seed} {one.name}") for one in annotators]
+    rows, preferences = [], []
+    for prompt, one, two, zs in zip(prompts, first, second, felt.tolist(), strict=True):
+        labels = []
+        for annotator, z, rng in zip(annotators, zs, streams, strict=True):
+            looks = rng.random() >= annotator.noise
+            total = (z if looks else 0.0) + _logistic(rng)
+            tie = abs(total) <= annotator.tie_threshold
+            label = 0.5 if tie else float(total > 0)
+            chosen, rejected = (one, two) if label > 0 else (two, one)
+            # the last digits of a logarithm differ between machines
+            strength = 0.0 if tie else round(abs(total), 6)
+            values = (prompt, chosen, rejected, tie, strength, annotator.name)
+            rows.append(dict(zip(FEATURES, values, strict=True)))
+            labels.append(label)
+        preferences.append(labels)
+    return Annotations(_dataset(rows), torch.tensor(preferences, dtype=torch.float64))
+
+
+def choice_probabilities(
+    prompts: Sequence[str],
+    first: Sequence[str],
+    second: Sequence[str],
+    utility: Utility,
+    annotators: Sequence[Annotator],
+) -> Tensor:
+    """How likely each annotator is to prefer the first response, to call a tie, to prefer the
+    second.
+
+    Args, Raises: as in `annotate`.
+    Returns: [N, A, 3], float64; sums to 1 over the last dimension.
+    """
+    _check_pairs(prompts, first, second, annotators)
+    felt = _felt(prompts, first, second, utility, annotators)
+    noise = torch.tensor([one.noise for one in annotators], dtype=torch.float64)
+    threshold = torch.tensor([one.tie_threshold for one in annotators], dtype=torch.float64)
+
+    def wins(z: Tensor) -> Tensor:
+        return (1 - noise) * torch.sigmoid(z - threshold) + noise * torch.sigmoid(-threshold)
+
+    win, lose = wins(felt), wins(-felt)
+    return torch.stack([win, (1 - win - lose).clamp(min=0), lose], dim=-1)
+
+
+def ceiling(probabilities: Tensor) -> float:
+    """The best accuracy that any predictor can have on the labels: the noise ceiling.
+
+    Counted are the pairs that were decided; a tie is neither right nor wrong. Without ties this is
+    the mean of max(p, 1 − p). The predictor knows the utilities and everything else that the
+    annotator sees, also which response was shown first. A reward model does not know that: if
+    there is a position bias, its ceiling, for pairs shown in random order, is
+    `ceiling((p + swapped.flip(-1)) / 2)`, with `swapped` made from the responses exchanged.
+
+    Args:
+        probabilities: [..., 3], as `choice_probabilities` returns them.
+    Returns: between 0.5 and 1.
+    Raises: ValueError on another shape, a number outside [0, 1], sums that are not 1, ties only.
+    """
+    if probabilities.dim() == 0 or probabilities.shape[-1] != 3 or probabilities.numel() == 0:
+        raise ValueError(
+            f"probabilities has shape {tuple(probabilities.shape)}; pass [..., 3]: first, tie, second"
+        )
+    finite(probabilities, "probabilities")
+    sums = probabilities.sum(-1)
+    if probabilities.min() < 0 or not torch.allclose(sums, torch.ones_like(sums), atol=1e-5):
+        raise ValueError("probabilities must be ≥ 0 and sum to 1 over the last dimension")
+    decided = probabilities[..., [0, 2]]
+    if decided.sum() == 0:
+        raise ValueError("probabilities give ties only; there is nothing to predict")
+    return (decided.amax(-1).sum() / decided.sum()).item()
+
+
+def _felt(
+    prompts: Sequence[str],
+    first: Sequence[str],
+    second: Sequence[str],
+    utility: Utility,
+    annotators: Sequence[Annotator],
+) -> Tensor:
+    """z of each pair and annotator, [N, A], float64."""
+    texts = (first, second)
+    utilities = torch.tensor([_utilities(utility, prompts, t) for t in texts], dtype=torch.float64)
+    words = torch.tensor([[len(text.split()) for text in t] for t in texts], dtype=torch.float64)
+    better, longer = utilities[0] - utilities[1], words[0] - words[1]
+    columns = [
+        better / one.temperature + one.length_bias * longer + one.position_bias
+        for one in annotators
+    ]
+    return torch.stack(columns, dim=1)
+
+
+def _check_pairs(
+    prompts: Sequence[str],
+    first: Sequence[str],
+    second: Sequence[str],
+    annotators: Sequence[Annotator],
+) -> None:
+    sizes = [len(prompts), len(first), len(second)]
+    if len(set(sizes)) > 1 or 0 in sizes:
+        raise ValueError(
+            f"prompts, first and second have lengths {sizes}; pass three lists of one length"
+        )
+    names = [one.name for one in annotators]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(
+            f"annotators have the names {names}; pass at least one, names all different"
+        )
+    rows = zip(prompts, first, second, strict=True)
+    checked = ((i, _problem(dict(zip(TEXTS, row, strict=True)))) for i, row in enumerate(rows))
+    problems = [f"pair {i}: {problem}" for i, problem in checked if problem]
+    _refuse("first (as chosen) and second (as rejected)", problems)
+
+
+def _utilities(utility: Utility, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    values = utility(list(prompts), list(responses))
+    values = [math.nan if value is None else float(value) for value in values]
+    if len(values) != len(responses):
+        raise ValueError(
+            f"utility gave {len(values)} numbers for {len(responses)} responses; return one for each"
+        )
+    finite(torch.tensor(values, dtype=torch.float64), "utility")
+    return values
+
+
+def _logistic(rng: random.Random) -> float:
+    uniform = rng.random() or 2.0**-54
+    return math.log(uniform / (1.0 - uniform))
+
+
+# --- agreement -------------------------------------------------------------------------------------
+
+
+class Agreement(NamedTuple):
+    """A coefficient of agreement (1 perfect, 0 chance) with its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def fleiss_kappa(table: np.ndarray | Tensor, seed: int = 0) -> Agreement:
+    """Agreement beyond chance when every item was judged by the same number of annotators.
+
+    Args:
+        table: [items, categories], how many annotators put the item into the category;
+            statsmodels' `aggregate_raters(preferences)[0]` makes it from [items, annotators].
+        seed: of the bootstrap over items.
+    Returns: Agreement(value, low, high); percentiles of 1,000 resamples of the items.
+    Raises: ValueError on counts below 0 or not whole, rows with unequal sums, fewer than two
+        annotators or items, judgements that all fall into one category.
+    Source: Fleiss 1971, "Measuring Nominal Scale Agreement among Many Raters".
+    """
+    # it takes a second, and few callers need it
+    from statsmodels.stats.inter_rater import fleiss_kappa as kappa
+
+    table = np.asarray(table, dtype=float)
+    if table.ndim != 2 or len(table) < 2:
+        raise ValueError(
+            f"table has shape {table.shape}; pass [items, categories], two items or more"
+        )
+    if not (np.isfinite(table).all() and (table >= 0).all() and (table == table.round()).all()):
+        raise ValueError("table must hold counts: whole numbers from 0")
+    judgements = table.sum(1)
+    if judgements.min() < 2 or judgements.min() < judgements.max():
+        raise ValueError(
+            f"table has rows with sums from {judgements.min():g} to {judgements.max():g}; every item "
+            "needs the same number of annotators, at least 2 (krippendorff_alpha takes unequal ones)"
+        )
+    if (table.sum(0) > 0).sum() < 2:
+        raise ValueError("table has only one category in use; agreement beyond chance is undefined")
+    return _bootstrap(table, kappa, seed)
+
+
+def krippendorff_alpha(
+    ratings: np.ndarray | Tensor, level: str = "nominal", seed: int = 0
+) -> Agreement:
+    """Agreement beyond chance for any number of annotators an item, some ratings missing.
+
+    Args:
+        ratings: [items, annotators], NaN where an annotator did not judge the item; items with
+            fewer than two ratings do not count.
+        level: how ratings differ: "nominal" (equal or not), "ordinal" (by rank), "interval" (by
+            difference) or "ratio".
+        seed: of the bootstrap over items.
+    Returns: Agreement(value, low, high); percentiles of 1,000 resamples of the items.
+    Raises: ValueError on another shape, fewer than two items with two ratings, an infinite rating,
+        an unknown level, ratings that are all equal.
+    Source: Hayes and Krippendorff 2007, "Answering the Call for a Standard Reliability Measure for
+        Coding Data".
+    """
+    import krippendorff
+
+    one_of(level, LEVELS, "level")
+    ratings = np.asarray(ratings, dtype=float)
+    if ratings.ndim != 2 or np.isinf(ratings).any():
+        raise ValueError(f"ratings has shape {ratings.shape}; pass finite [items, annotators]")
+    ratings = ratings[(~np.isnan(ratings)).sum(1) >= 2]
+    if len(ratings) < 2:
+        raise ValueError("ratings has fewer than two items with two ratings; collect more")
+    domain = np.unique(ratings[~np.isnan(ratings)])
+    if len(domain) < 2:
+        raise ValueError(f"ratings are all {domain[0]:g}; agreement beyond chance is undefined")
+    counts = (ratings[:, :, None] == domain).sum(1)
+
+    def alpha(counts: np.ndarray) -> float:
+        return krippendorff.alpha(
+            value_counts=counts, value_domain=domain, level_of_measurement=level
+        )
+
+    return _bootstrap(counts, alpha, seed)
+
+
+def _bootstrap(
+    items: np.ndarray, coefficient: Callable[[np.ndarray], float], seed: int
+) -> Agreement:
+    rng = np.random.default_rng(seed)
+    resamples = rng.integers(len(items), size=(_RESAMPLES, len(items)))
+    # a resample in which all judgements are equal has no coefficient; NaN leaves it out
+    with np.errstate(invalid="ignore"):
+        values = [coefficient(items[chosen]) for chosen in resamples]
+    low, high = np.nanquantile(values, [0.025, 0.975])
+    return Agreement(float(coefficient(items)), float(low), float(high))
+
+
+# --- strengths -------------------------------------------------------------------------------------
+
+
+def fit_strengths(wins: np.ndarray | Tensor) -> Tensor:
+    """Strengths of a few items under which their wins are most likely, by the Bradley-Terry model.
+
+    Args:
+        wins: [K, K], wins[i, j] counts how often i was preferred to j; a tie is half a win for
+            each; the diagonal is 0.
+    Returns: [K], float64, mean 0, in units of log-odds, to about six digits.
+    Raises: ValueError on another shape, K < 2, a count below 0 or not finite, a diagonal that is
+        not 0, or items that fall into two groups of which one never won against the other: the
+        likelihood then has no maximum.
+    Source: Bradley and Terry 1952, "Rank Analysis of Incomplete Block Designs"; the condition: Ford
+        1957, "Solution of a Ranking Problem from Binary Comparisons".
+    """
+    wins = torch.as_tensor(wins, dtype=torch.float64)
+    _check_wins(wins)
+    winner, loser = wins.nonzero(as_tuple=True)
+    strengths = torch.zeros(len(wins), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [strengths],
+        max_iter=5000,
+        max_eval=10_000,
+        tolerance_grad=1e-10,
+        tolerance_change=0.0,
+        line_search_fn="strong_wolfe",
+    )
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = bradley_terry_loss(strengths[winner], strengths[loser], weight=wins[winner, loser])
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return (strengths - strengths.mean()).detach()
+
+
+def _check_wins(wins: Tensor) -> None:
+    if wins.dim() != 2 or wins.shape[0] != wins.shape[1] or len(wins) < 2:
+        raise ValueError(f"wins has shape {tuple(wins.shape)}; pass [K, K] with K ≥ 2")
+    finite(wins, "wins")
+    if wins.min() < 0 or wins.diagonal().any():
+        raise ValueError("wins must be ≥ 0, and 0 on the diagonal")
+    won = (wins > 0).numpy()
+    groups, group_of = connected_components(won, directed=True, connection="strong")
+    if groups > 1:
+        # of the groups, one at least never lost to the rest
+        unbeaten = next(
+            members
+            for members in (group_of == g for g in range(groups))
+            if not won[~members][:, members].any()
+        )
+        raise ValueError(
+            f"wins: items {unbeaten.nonzero()[0].tolist()} never lost to the others, so no finite "
+            "strengths fit best; add comparisons, or count half a win each way to every pair"
+        )
+
+
+def stochastic_transitivity_violations(p: np.ndarray | Tensor) -> int:
+    """How many of the triples break weak stochastic transitivity: a is preferred to b and b to c,
+    each with probability ½ or more, but a to c with less.
+
+    No strengths can explain such a triple, whatever the model, if only the stronger one is
+    preferred more often than not.
+
+    Args:
+        p: [K, K], probability that i is preferred to j; p + pᵀ = 1 off the diagonal, which is
+            ignored.
+    Returns: the number of triples {a, b, c}, of K(K − 1)(K − 2)/6, that break it in some order.
+    Raises: ValueError on another shape, probabilities outside [0, 1], pairs that do not sum to 1.
+    Source: Tversky 1969, "Intransitivity of Preferences".
+    """
+    p = torch.as_tensor(p, dtype=torch.float64).clone()
+    if p.dim() != 2 or p.shape[0] != p.shape[1]:
+        raise ValueError(f"p has shape {tuple(p.shape)}; pass [K, K]")
+    p.fill_diagonal_(0.5)
+    finite(p, "p")
+    if p.min() < 0 or not torch.allclose(p + p.T, torch.ones_like(p), rtol=0, atol=1e-6):
+        raise ValueError("p must lie in [0, 1], and p[i, j] + p[j, i] must be 1")
+    at_least = p >= 0.5
+    broken = at_least[:, :, None] & at_least[None, :, :] & ~at_least[:, None, :]
+    orders = itertools.permutations(range(3))
+    any_order = torch.stack([broken.permute(order) for order in orders]).any(0)
+    return int(any_order.sum()) // 6

@@ -210,6 +210,16 @@ def test_zeros_after_a_power_cut_are_set_aside(path):
     assert session.progress() == (1, 6)
 
 
+def test_an_answer_is_flushed_to_the_disk_before_it_counts_as_saved(path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(labelling.os, "fsync", lambda number: flushed.append(path.read_bytes()))
+    session = Session(PAIRS, path)
+    answer(session, 1)
+    session.undo()
+    assert flushed[-1] == path.read_bytes()
+    assert [len(content.splitlines()) for content in flushed] == [1, 2]
+
+
 LOOP = """
 import importlib.util, itertools, sys
 spec = importlib.util.spec_from_file_location("labelling", sys.argv[1])

@@ -155,16 +155,12 @@ def test_what_weights_and_constants_do():
 
 
 def test_labels_of_another_type_take_the_type_of_the_scores():
-    """Oracle: the same numbers in the type of the scores."""
+    """Oracle: the same numbers in the type of the scores, so that a double label makes no double loss."""
     chosen, rejected = normal(2, 3).float()
-    result = bradley_terry_loss(
-        chosen, rejected, preference=torch.tensor([1, 0, 1]), weight=torch.tensor([1, 2, 3])
-    )
+    labels, weights = double([1, 0, 0.5]), torch.tensor([1, 2, 3])
+    result = bradley_terry_loss(chosen, rejected, preference=labels, weight=weights)
     expected = bradley_terry_loss(
-        chosen,
-        rejected,
-        preference=torch.tensor([1.0, 0.0, 1.0]),
-        weight=torch.tensor([1.0, 2.0, 3.0]),
+        chosen, rejected, preference=labels.float(), weight=weights.float()
     )
     assert result.dtype == torch.float32
     assert result == expected

@@ -329,7 +329,7 @@ def test_bad_answers_and_names_are_refused(path):
     session = Session(PAIRS, path)
     with pytest.raises(ValueError, match="answer='c' is unknown; use one of a, b, tie, skip"):
         session.record(session.next(), "c")
-    with pytest.raises(ValueError, match="item is not of this session"):
+    with pytest.raises(ValueError, match="item is not one of the session's pairs"):
         session.record(session.next()._replace(a="other"), "a")
     with pytest.raises(ValueError, match="annotator=' ' is no name"):
         Session(PAIRS, path, annotator=" ")

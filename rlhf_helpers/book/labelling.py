@@ -103,7 +103,7 @@ class Session:
         if answer not in ANSWERS:
             raise ValueError(f"answer={answer!r} is unknown; use one of {', '.join(ANSWERS)}")
         if self.items.get(item.pair) != item:
-            raise ValueError("item is not of this session; pass what next() returned")
+            raise ValueError("item is not one of the session's pairs; pass what next() returned")
         shown = {"prompt": item.prompt, "a": item.a, "b": item.b}
         took = None if seconds is None else round(seconds, 2)
         self._append(item.pair, {"answer": answer, "seconds": took} | shown)

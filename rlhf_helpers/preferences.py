@@ -25,10 +25,12 @@ import numpy as np
 import torch
 from datasets import Dataset, Features, Value
 from scipy.sparse.csgraph import connected_components
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from rlhf_helpers._validate import finite, in_range, one_of
 from rlhf_helpers.losses import bradley_terry_loss
+from rlhf_helpers.rollout import write
 
 TEXTS = ("prompt", "chosen", "rejected")
 FEATURES = Features(
@@ -209,6 +211,40 @@ def _strength_problem(strength: object) -> str | None:
     if not 0 <= strength <= sys.float_info.max:
         return "strength must be a finite number ≥ 0"
     return None
+
+
+def sample_pairs(
+    policy: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    generator: torch.Generator | None = None,
+) -> tuple[list[str], list[str], list[str]]:
+    """Two responses of the policy to each prompt, to be compared.
+
+    Args:
+        policy, tokenizer: as `models.load` returns them.
+        prompts: texts.
+        max_new_tokens: the longest response.
+        generator: of the sampling.
+    Returns: (prompts, first, second), without the prompts whose two responses are equal or of which
+        one is empty, since nobody can compare those.
+    Raises: ValueError as `rollout.write`, or if no pair is left.
+    """
+    texts = write(
+        policy,
+        tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        samples_per_prompt=2,
+        generator=generator,
+    )
+    rows = zip(prompts, texts[::2], texts[1::2], strict=True)
+    kept = [(p, a, b) for p, a, b in rows if a != b and a.strip() and b.strip()]
+    if not kept:
+        raise ValueError("policy gave two equal responses, or an empty one, to each of the prompts")
+    first, second, third = map(list, zip(*kept, strict=True))
+    return first, second, third
 
 
 # --- annotators ------------------------------------------------------------------------------------

@@ -23,6 +23,11 @@ class Settings:
         max_new_tokens: the longest completion.
         sft_examples: pairs that chapter 05 fine-tunes on.
         sft_learning_rate, lora_learning_rate: for all weights, and for an adapter.
+        classifier: name on the hub of the sentiment classifier that simulated annotators think
+            like; "" where the world itself tells how good a response is.
+        preference_pairs: pairs that chapter 06 trains its reward model on.
+        annotator_temperature: of the simulated annotators, in units of their utility.
+        reward_learning_rate: for the reward model.
     """
 
     scale: str
@@ -33,6 +38,10 @@ class Settings:
     sft_examples: int
     sft_learning_rate: float
     lora_learning_rate: float
+    classifier: str
+    preference_pairs: int
+    annotator_temperature: float
+    reward_learning_rate: float
 
 
 def _tiny() -> Settings:
@@ -45,6 +54,10 @@ def _tiny() -> Settings:
         sft_examples=3200,
         sft_learning_rate=1e-3,
         lora_learning_rate=1e-2,
+        classifier="",
+        preference_pairs=4000,
+        annotator_temperature=0.75,
+        reward_learning_rate=4e-4,
     )
 
 
@@ -60,6 +73,10 @@ def _gpt2() -> Settings:
         sft_examples=1600,
         sft_learning_rate=5e-5,
         lora_learning_rate=1e-3,
+        classifier="lvwerra/distilbert-imdb",
+        preference_pairs=4000,
+        annotator_temperature=2.0,
+        reward_learning_rate=2e-5,
     )
 
 

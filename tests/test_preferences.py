@@ -16,9 +16,10 @@ from datasets import Dataset
 from scipy.stats import bootstrap, ks_1samp, logistic
 from statsmodels.stats.inter_rater import aggregate_raters
 
-from rlhf_helpers import preferences
+from rlhf_helpers import models, preferences
 from rlhf_helpers.losses import bradley_terry_loss, rao_kupper_loss
 from rlhf_helpers.preferences import Annotator, annotate, choice_probabilities
+from rlhf_helpers.worlds import reviews
 
 PAIR = {"prompt": "How was it?", "chosen": "Good.", "rejected": "Bad."}
 
@@ -576,3 +577,27 @@ PLAIN = [Annotator("plain")]
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         call()
+
+
+def test_pairs_are_sampled_from_the_policy_and_can_be_compared():
+    """Oracle: the openings, and the same run again; a policy that writes one word can give no pairs."""
+    policy, tokenizer = models.load(models.TINY)
+    prompts = reviews.openings("validation", 20)
+    runs = [
+        preferences.sample_pairs(
+            policy, tokenizer, prompts, 24, torch.Generator().manual_seed(seed)
+        )
+        for seed in (0, 0, 1)
+    ]
+    assert runs[0] == runs[1] != runs[2]
+    kept, first, second = runs[0]
+    assert len(kept) == len(first) == len(second)
+    assert set(kept) <= set(prompts)
+    assert all(a != b and a.strip() and b.strip() for a, b in zip(first, second, strict=True))
+    annotate(kept, first, second, reviews.quality, [Annotator("a")])
+    with torch.no_grad():  # a constant hidden state whose likeliest token is the end
+        for norm in (policy.transformer.ln_f.weight, policy.transformer.ln_f.bias):
+            norm.zero_()
+        policy.transformer.ln_f.bias.copy_(1000 * policy.lm_head.weight[tokenizer.eos_token_id])
+    with pytest.raises(ValueError, match="two equal responses, or an empty one"):
+        preferences.sample_pairs(policy, tokenizer, prompts, 24)

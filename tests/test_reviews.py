@@ -273,3 +273,35 @@ def test_the_floor_of_instructions_is_the_probability_of_their_responses():
     p = math.exp(-reviews.surprise([one])[0])
     assert abs(count - p * len(asked)) < 4 * (p * len(asked)) ** 0.5 + 3
     assert reviews.surprise([one._replace(response="No review.")]) == [math.inf]
+
+
+@pytest.mark.parametrize(
+    ("completion", "valences"),
+    [
+        (" The plot is superb. The music is not bad at all.", [2, 1]),
+        (" Although the plot is dull, I loved the music. See it twice.", [-1, 2, 2]),
+        (" The plot is superb. The plot is superb. The plot is awful.", [2, 2, -2]),
+        (" The heist is tame. Avoid it.", [-1, -2]),
+        (" The clues are superb.", [0]),  # a heist film has none
+        (" superb wonderful brilliant", [0]),
+        (" The plot is superb. The music is", [2, 0]),
+        ("", [0]),
+    ],
+)
+def test_quality_is_the_mean_valence_of_what_can_be_read(completion, valences):
+    """Oracle: valences counted by hand; what cannot be read says nothing."""
+    opening = "I saw this Danish heist film about a night nurse last night."
+    found = reviews.quality([opening], [completion], stars=[3])
+    assert found == pytest.approx([sum(valences) / len(valences)])
+
+
+def test_quality_agrees_with_how_reviews_were_made():
+    """Oracle: the derivation of sampled reviews: their judgements, and the stars of the verdict."""
+    for review in reviews.sample(200, seed=3):
+        (found,) = reviews.quality([review.opening], [review.body])
+        valences = [judgement.valence for judgement in review.judgements]
+        genre = review.film.genre
+        ends = {t for t in reviews._verdicts(review.stars, genre).values if t}
+        if any(review.body.endswith(f" {end}") for end in ends):
+            valences.append(review.stars - 3)
+        assert found == pytest.approx(sum(valences) / len(valences))

@@ -675,3 +675,43 @@ def surprise(instructions: Iterable[Instruction]) -> list[float]:
     """−log P(response | stars, topic) under the grammar, nats: no model can be less surprised on average."""
     read = (parse_response(one.response, one.topic) for one in instructions)
     return [math.inf if one is None else -one.log_prob for one in read]
+
+
+# --- judging ---------------------------------------------------------------------------------------
+
+_UNREADABLE = 0
+
+
+@cache
+def _verdict_valences(genre: str | None) -> dict[str, int]:
+    texts = {stars: _verdicts(stars, genre).values for stars in range(1, 6)}
+    return {text: stars - 3 for stars, found in texts.items() for text in found if text}
+
+
+def _valences(text: str, film: Film | None) -> list[float]:
+    """Valence of each judgement, each verdict and each sentence that cannot be read."""
+    verdicts, found = _verdict_valences(film.genre if film else None), []
+    for sentence in re.findall(r"[^.]+\.?", text):
+        sentence = sentence.strip()
+        read = _read_sentence(sentence[:-1], film) if sentence.endswith(".") else None
+        if read is not None:
+            found += [float(judgement.valence) for judgement in read[2]]
+        elif sentence:
+            found.append(float(verdicts.get(sentence, _UNREADABLE)))
+    return found
+
+
+def quality(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
+    """How good each completion says the film is, on a scale from −2 to 2, in words that make sense:
+    the true utility of this world.
+
+    The mean valence of the judgements and the verdict; it is a mean, so repeating a sentence gains
+    nothing. A sentence that the grammar could not have written says nothing and counts 0, and so
+    does a completion without any. The prompt tells which film is meant, if it is an opening.
+    """
+    scored = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        head = _read_opening(prompt)
+        found = _valences(completion, head[2] if head else None) or [_UNREADABLE]
+        scored.append(sum(found) / len(found))
+    return scored

@@ -18,8 +18,8 @@ from rlhf_helpers.rollout import write
 
 RESULTS = Path(__file__).resolve().parents[1] / "rlhf_helpers" / "assets" / "results"
 SEEDS = [0, 1, 2]
-SIZES = [250, 500, 1000, 2000]  # and then all pairs
-CHOICE_PAIRS = 1500  # that the modelling choices are compared on
+ANNOTATORS = 5
+SIZES = [250, 500, 1000, 2000, 4000, 8000]  # the notebook itself runs one of them
 HELD_OUT = 2000
 LENGTH_BIAS = 0.4  # log-odds a word
 TIE_THRESHOLD = 0.8
@@ -35,8 +35,8 @@ def settings_of(run):
         "learning_rate": run.reward_learning_rate,
         "config": asdict(rm.Config()),
         "seeds": SEEDS,
+        "annotators": ANNOTATORS,
         "sizes": SIZES,
-        "choice_pairs": CHOICE_PAIRS,
         "held_out": HELD_OUT,
         "length_bias": LENGTH_BIAS,
         "tie_threshold": TIE_THRESHOLD,
@@ -56,7 +56,7 @@ class Bench:
             learning_rate=run.reward_learning_rate, seed=seed, evaluate_every=10**6
         )
         self.held_out = self.pairs("held_out", HELD_OUT)
-        self.annotators = [Annotator(f"{n}", run.annotator_temperature) for n in range(3)]
+        self.annotators = [Annotator(f"{n}", run.annotator_temperature) for n in range(ANNOTATORS)]
         one = self.annotators[:1]
         self.truth = preferences.choice_probabilities(*self.held_out, self.utility, one)[:, 0]
         said = preferences.annotate(*self.held_out, self.utility, one, seed=1000 + seed)
@@ -102,7 +102,7 @@ class Bench:
 
 def choices(bench, pairs):
     """Modelling choices, each as (name, comparisons, changes to the settings)."""
-    small = [column[:CHOICE_PAIRS] for column in pairs]
+    small = [column[: bench.run.preference_pairs] for column in pairs]
     said = bench.say(small, bench.annotators)
     felt = bench.say(small, bench.annotators[:1]).pairs
     first_only = rm.comparisons(felt)
@@ -116,8 +116,8 @@ def choices(bench, pairs):
     ]
     return [
         ("one annotator", first_only, {}),
-        ("three annotators, majority", rm.labelled(*small, majority), {}),
-        ("three annotators, soft labels", rm.labelled(*small, said.preferences.mean(1)), {}),
+        ("five annotators, majority", rm.labelled(*small, majority), {}),
+        ("five annotators, soft labels", rm.labelled(*small, said.preferences.mean(1)), {}),
         ("margin from the strength felt", with_margin, {}),
         ("centring", first_only, {"centring": CENTRING}),
         ("two epochs", first_only, {"epochs": 2}),
@@ -130,8 +130,8 @@ def choices(bench, pairs):
 
 
 def rankings(bench):
-    """As many texts as CHOICE_PAIRS pairs have, in rankings of four, drawn by Plackett-Luce."""
-    prompts = bench.world.openings("train", CHOICE_PAIRS // 2, bench.seed)
+    """As many texts as the pairs of the other choices have, in rankings of four, drawn by Plackett-Luce."""
+    prompts = bench.world.openings("train", bench.run.preference_pairs // 2, bench.seed)
     generator = torch.Generator().manual_seed(bench.seed)
     texts = write(
         bench.policy,
@@ -159,10 +159,10 @@ def main():
     torch.set_num_threads(1)
     run = settings.load()
     start = time.perf_counter()
-    results = {"sizes": [*SIZES, run.preference_pairs], "by_size": [], "choices": {}, "seconds": []}
+    results = {"sizes": SIZES, "by_size": [], "choices": {}, "seconds": []}
     for seed in SEEDS:
         bench = Bench(run, seed)
-        pairs = bench.pairs("train", run.preference_pairs)
+        pairs = bench.pairs("train", SIZES[-1])
         soft = rm.labelled(*pairs, bench.say(pairs, bench.annotators).preferences.mean(1))
 
         def note(name, found, seed=seed):
@@ -170,7 +170,7 @@ def main():
             return found
 
         by_size = []
-        for size in results["sizes"]:
+        for size in SIZES:
             begin = time.perf_counter()
             model, _ = bench.train(soft[:size])
             took = time.perf_counter() - begin

@@ -55,9 +55,9 @@ def _tiny() -> Settings:
         sft_learning_rate=1e-3,
         lora_learning_rate=1e-2,
         classifier="",
-        preference_pairs=4000,
+        preference_pairs=2000,
         annotator_temperature=0.75,
-        reward_learning_rate=4e-4,
+        reward_learning_rate=6e-4,
     )
 
 
@@ -74,7 +74,7 @@ def _gpt2() -> Settings:
         sft_learning_rate=5e-5,
         lora_learning_rate=1e-3,
         classifier="lvwerra/distilbert-imdb",
-        preference_pairs=4000,
+        preference_pairs=2000,
         annotator_temperature=2.0,
         reward_learning_rate=2e-5,
     )

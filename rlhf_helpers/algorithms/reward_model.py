@@ -24,6 +24,8 @@ from rlhf_helpers.losses import bradley_terry_loss, plackett_luce_loss, rao_kupp
 
 LOSSES = ("bradley-terry", "plackett-luce", "rao-kupper")
 SIDES = ("right", "left")
+# a run of a hundred steps is too short for a memory of a thousand; Brown et al. 2020, appendix B
+BETAS = (0.9, 0.95)
 _POOL = 16  # batches that are sorted by length together
 
 
@@ -47,7 +49,7 @@ class Config:
         seed: of the order of the comparisons.
     """
 
-    learning_rate: float = 4e-4
+    learning_rate: float = 6e-4
     epochs: int = 1
     batch_size: int = 32
     warm_up: float = 0.1
@@ -375,7 +377,7 @@ def train(
     groups = [{"params": trained, "weight_decay": config.weight_decay}]
     if log_threshold is not None:
         groups.append({"params": [log_threshold], "weight_decay": 0.0})
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=BETAS)
     steps = config.epochs * sft.steps_per_epoch(data, config)
     device = next(model.parameters()).device
     for step, batch in enumerate(batches(data, tokenizer, config, device)):

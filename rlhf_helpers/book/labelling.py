@@ -128,9 +128,9 @@ class Session:
     def results(self) -> list[dict]:
         """What all annotators of the file said about these pairs.
 
-        Returns: rows in the order of the pairs, with prompt, chosen, rejected, tie, annotator and
-            seconds (None if unknown). In a tie the response shown as A stands as chosen; skipped
-            pairs are left out.
+        Returns: rows in the order of the pairs, as `preferences.from_rows` takes them: prompt,
+            chosen, rejected, tie and annotator. In a tie the response shown as A stands as chosen;
+            skipped pairs are left out.
         """
         given = self._given()
         answers = (said[pair] for pair in self.items for said in given.values() if pair in said)
@@ -207,7 +207,6 @@ def _row(record: dict) -> dict:
         "rejected": record[rejected],
         "tie": record["answer"] == "tie",
         "annotator": record["annotator"],
-        "seconds": record["seconds"],
     }
 
 

@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf_helpers import settings
 from rlhf_helpers._validate import in_range, same_shape
+from rlhf_helpers.logprobs import _check_groups, _states
 
 TINY = settings.TINY
 # Names that model families give to the projections of the attention to query, key and value.
@@ -313,26 +314,29 @@ class ValueModel(nn.Module):
         nn.init.zeros_(self.head.bias)
         self.train(model.training)
 
-    def forward(self, tokens: Tensor, attention_mask: Tensor, completion_length: int) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        attention_mask: Tensor,
+        completion_length: int,
+        samples_per_prompt: int = 1,
+    ) -> Tensor:
         """Values of the states that the completion's tokens were chosen in.
 
         Args:
             tokens: [N, P + C], prompts padded on the left, then completions.
             attention_mask: [N, P + C]; 1 or True counts.
             completion_length: C; 1 ≤ C < P + C.
+            samples_per_prompt: as in `completion_log_probs`.
         Returns: [N, C]; at t the value before completion token t; 0 where the mask is 0.
-        Raises: ValueError on unequal shapes or a completion_length outside its range.
+        Raises: ValueError on unequal shapes, a completion_length outside its range, or rows of a
+            group with unequal prompts.
         """
         same_shape(tokens=tokens, attention_mask=attention_mask)
         in_range(completion_length, "completion_length", 1, tokens.shape[1] - 1)
-        # the state before token t has seen tokens up to t − 1, so the last token is not needed
         mask = attention_mask.long()
-        seen = mask[:, :-1]
-        hidden = self.trunk(
-            tokens[:, :-1],
-            attention_mask=seen,
-            position_ids=(seen.cumsum(-1) - 1).clamp(min=0),
-            use_cache=False,
-        ).last_hidden_state
-        values = self.head(hidden[:, -completion_length:]).squeeze(-1)
+        _check_groups(tokens, mask, completion_length, samples_per_prompt)
+        # the state before token t has seen tokens up to t − 1, so the last token is not needed
+        hidden = _states(self.trunk, tokens, mask, completion_length, samples_per_prompt)
+        values = self.head(hidden).squeeze(-1)
         return values.masked_fill(mask[:, -completion_length:] == 0, 0.0)

@@ -1,0 +1,675 @@
+"""Proximal policy optimisation for a language model, from top to bottom: collect, advantages,
+update, train.
+
+Three policies appear. `policy` is trained. `old` is the policy as it was when the batch was
+sampled; only its log-probabilities are kept. `reference` is the policy as it was before the first
+update, frozen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from rlhf_helpers import checkpoint, models, rewards
+from rlhf_helpers._validate import in_range, one_of
+from rlhf_helpers.advantages import discounted_returns, gae, leave_one_out_advantages
+from rlhf_helpers.algorithms import sft
+from rlhf_helpers.kl import AdaptiveKLController, kl_estimate
+from rlhf_helpers.logprobs import (
+    completion_log_probs,
+    entropy,
+    masked_mean,
+    masked_whiten,
+    token_log_probs,
+)
+from rlhf_helpers.losses import PolicyLoss, ppo_clip_loss, value_loss
+from rlhf_helpers.rollout import sample
+
+BASELINES = ("value", "group", "none")
+# the ratio of an unchanged policy is 1 up to the rounding of float32
+RATIO_TOLERANCE = 1e-2
+PATIENCE = 5  # iterations in a row before a slow fault stops a run
+_ENTROPY_ROWS = 16  # sequences that the logged entropy is measured on
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of a run.
+
+    Args:
+        iterations: batches to collect and learn from.
+        prompts: prompts an iteration.
+        samples_per_prompt: completions of each.
+        max_new_tokens: the longest completion.
+        temperature: of sampling, and of every log-probability.
+        epochs: passes over a batch.
+        mini_batches: updates a pass; divides `prompts`.
+        micro_batch: prompts that go through the model at once; None takes a mini-batch whole.
+        learning_rate, value_learning_rate: of AdamW, at their highest.
+        warm_up: share of the iterations in which the learning rates rise; they then fall to 0.
+        max_grad_norm: a longer gradient is shortened to this, policy and value function apart.
+        clip: ε of the ratio.
+        value_clip: how far a value may move from the one at the rollout; None for no limit.
+        gamma, lam: discount and λ of the advantages.
+        whiten: whether advantages are scaled to mean 0 and variance 1 over the batch.
+        baseline: "value" (a value function and GAE), "group" (the mean of the prompt's other
+            samples; needs two or more), or "none".
+        kl_coefficient: β, price of a nat of KL, taken from the reward token by token.
+        kl_target: nats a sequence; β then adapts to hold it. None keeps β.
+        kl_horizon: samples that it takes to adapt.
+        entropy_coefficient: of the entropy bonus.
+        ptx_coefficient: of the loss on texts given as `ptx` ("PPO-ptx").
+        stop_kl: nats a token; the updates on a batch end when the KL from `old` exceeds 1.5 times
+            this. None: never.
+        missing_end_penalty: taken from the score of a completion that did not end.
+        seed: of sampling and of the order of prompts.
+    """
+
+    iterations: int = 20
+    prompts: int = 32
+    samples_per_prompt: int = 4
+    max_new_tokens: int = 48
+    temperature: float = 1.0
+    epochs: int = 2
+    mini_batches: int = 4
+    micro_batch: int | None = None
+    learning_rate: float = 5e-4
+    value_learning_rate: float = 1e-3
+    warm_up: float = 0.1
+    max_grad_norm: float = 1.0
+    clip: float = 0.2
+    value_clip: float | None = None
+    gamma: float = 1.0
+    lam: float = 0.95
+    whiten: bool = True
+    baseline: str = "value"
+    kl_coefficient: float = 0.05
+    kl_target: float | None = None
+    kl_horizon: int = 2000
+    entropy_coefficient: float = 0.0
+    ptx_coefficient: float = 0.0
+    stop_kl: float | None = None
+    missing_end_penalty: float = 0.0
+    seed: int = 0
+
+
+class Batch(NamedTuple):
+    """What one iteration learns from: N completions of up to C tokens, with their prompts; samples
+    of one prompt are neighbours."""
+
+    tokens: Tensor  # [N, P + C]
+    attention_mask: Tensor  # [N, P + C]
+    mask: Tensor  # [N, C], True on a completion, its end included
+    old_log_probs: Tensor  # [N, C], of the policy that sampled
+    ref_log_probs: Tensor  # [N, C]
+    values: Tensor  # [N, C], at the rollout
+    rewards: Tensor  # [N, C], with the KL term
+    advantages: Tensor  # [N, C]
+    returns: Tensor  # [N, C], targets of the value function
+    scores: Tensor  # [N], what the reward function said, less the penalty
+    ended: Tensor  # [N], whether it came to its end token
+    texts: list[str]  # N completions
+
+
+class Metrics(NamedTuple):
+    """After one iteration; what is said of the batch was measured before the updates."""
+
+    iteration: int  # from 1
+    reward: float  # score − β·KL, mean over sequences
+    score: float
+    score_std: float
+    kl: float  # log π − log π_ref of the samples, summed over tokens, mean over sequences, nats
+    kl_coefficient: float
+    entropy: float  # of the next token, over the vocabulary, nats
+    clip_fraction: float
+    approx_kl: float  # of the policy from `old`, after the updates, nats a token
+    explained_variance: float  # share of the returns' variance that the values foresaw
+    policy_loss: float
+    value_loss: float
+    grad_norm: float  # of the policy, mean over updates, before it is clipped
+    length: float  # tokens, the end included
+    unended: float  # share of completions without an end
+    distinct: float  # different completions, as a share of all
+    updates: int
+    rollout_seconds: float
+    update_seconds: float
+
+
+class TrainingStopped(RuntimeError):
+    """A run that could not go on to any good. `name` says why, in a word or two."""
+
+    def __init__(self, name: str, message: str) -> None:
+        super().__init__(f"{name}: {message}")
+        self.name = name
+
+
+@dataclass
+class Run:
+    """What changes from one iteration to the next, and what it is made of."""
+
+    policy: nn.Module
+    value_model: nn.Module | None
+    tokenizer: Tokenizer
+    reference: Callable[[], AbstractContextManager[nn.Module]]
+    optimizer: torch.optim.Optimizer
+    controller: AdaptiveKLController | None
+    sampling: torch.Generator  # on the policy's device
+    order: torch.Generator
+    kl_coefficient: float
+    history: list[Metrics] = field(default_factory=list)
+
+
+# --- collect ---------------------------------------------------------------------------------------
+
+
+def kl_rewards(
+    scores: Tensor, log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor, kl_coefficient: float
+) -> Tensor:
+    """The reward of each token: the price of its log-ratio, and at the last token the score.
+
+    Equation: eq:kl-reward
+
+    Args:
+        scores: [N].
+        log_probs, ref_log_probs: [N, C], of the policy that sampled and of the reference.
+        mask: [N, C]; True on a completion.
+        kl_coefficient: β ≥ 0.
+    Returns: [N, C]; 0 where the mask is 0. A row sums to its score − β · its log-ratio.
+    Source: Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences", section 2.2.
+    """
+    log_ratio = kl_estimate(log_probs, ref_log_probs, "k1").masked_fill(~mask, 0.0)
+    rewards = -kl_coefficient * log_ratio
+    last = mask.sum(1) - 1
+    rewards[torch.arange(len(mask), device=mask.device), last] += scores.to(rewards)
+    return rewards
+
+
+@torch.no_grad()
+def collect(
+    run: Run,
+    prompts: Sequence[str],
+    reward: rewards.Reward,
+    config: Config,
+    columns: Mapping[str, Sequence] | None = None,
+) -> Batch:
+    """Sample completions, score them, and find what each token was worth.
+
+    Raises: TrainingStopped on log-probabilities or values that are not finite; ValueError as
+        `rewards.score`.
+    """
+    group, tokenizer = config.samples_per_prompt, run.tokenizer
+    device = next(run.policy.parameters()).device
+    rollout = sample(
+        run.policy,
+        *models.encode_prompts(tokenizer, prompts, device),
+        config.max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        temperature=config.temperature,
+        samples_per_prompt=group,
+        generator=run.sampling,
+    )
+    mask = rollout.completion_mask
+    completions = rollout.tokens[:, rollout.prompt_length :]
+    texts = models.decode(tokenizer, completions, mask)
+    ended = ((completions == tokenizer.eos_token_id) & mask).any(1)
+    repeated = {k: [x for x in v for _ in range(group)] for k, v in (columns or {}).items()}
+    scores = rewards.score(reward, [p for p in prompts for _ in range(group)], texts, **repeated)
+    scores = scores.to(device, torch.float32) - config.missing_end_penalty * ~ended
+    where = (rollout.tokens, rollout.attention_mask, mask.shape[1])
+    with run.reference() as reference:
+        ref_log_probs = completion_log_probs(
+            reference, *where, config.temperature, samples_per_prompt=group
+        )
+    values = torch.zeros_like(rollout.log_probs)
+    if run.value_model is not None:
+        values = run.value_model(*where, group)
+    _check_finite(reference_log_probs=ref_log_probs, values=values)
+    shaped = kl_rewards(scores, rollout.log_probs, ref_log_probs, mask, run.kl_coefficient)
+    advantages, returns = advantages_of(shaped, values, mask, config)
+    logs = (rollout.log_probs, ref_log_probs, values, shaped, advantages, returns)
+    return Batch(*where[:2], mask, *logs, scores, ended, texts)
+
+
+def advantages_of(
+    token_rewards: Tensor, values: Tensor, mask: Tensor, config: Config
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns [N, C] by the baseline of the settings; whitening touches the
+    advantages alone."""
+    if config.baseline == "value":
+        advantages, returns = gae(token_rewards, values, mask, config.gamma, config.lam)
+    else:
+        returns = discounted_returns(token_rewards, mask, config.gamma)
+        advantages = returns
+        if config.baseline == "group":
+            total = token_rewards.sum(1)
+            gains = leave_one_out_advantages(total, config.samples_per_prompt)
+            # every token of a sample is measured against the same mean of the others
+            advantages = (returns - (total - gains)[:, None]).masked_fill(~mask, 0.0)
+    return (masked_whiten(advantages, mask) if config.whiten else advantages), returns
+
+
+# --- update ----------------------------------------------------------------------------------------
+
+
+def update(
+    run: Run,
+    batch: Batch,
+    config: Config,
+    ptx: Sequence[sft.Example] = (),
+) -> dict[str, float]:
+    """Several passes over the batch, each in mini-batches of whole prompts.
+
+    Returns: means over the updates, and how many there were.
+    Raises: TrainingStopped if the first ratio is not 1, or on a loss that is not finite.
+    """
+    group, seen = config.samples_per_prompt, []
+    size = len(batch.scores) // group // config.mini_batches
+    for _ in range(config.epochs):
+        order = torch.randperm(len(batch.scores) // group, generator=run.order)
+        for prompts in order.split(size):
+            seen.append(step(run, batch, prompts, config, ptx, first=not seen))
+            if config.stop_kl is not None and seen[-1]["approx_kl"] > 1.5 * config.stop_kl:
+                break
+        else:
+            continue
+        break
+    found = {name: sum(one[name] for one in seen) / len(seen) for name in seen[0]}
+    return found | {"approx_kl": seen[-1]["approx_kl"], "updates": len(seen)}
+
+
+def step(
+    run: Run,
+    batch: Batch,
+    prompts: Tensor,
+    config: Config,
+    ptx: Sequence[sft.Example] = (),
+    first: bool = False,
+) -> dict[str, float]:
+    """One update on some prompts of the batch, by index. In micro-batches the gradient is that of
+    the whole: each part counts by its share of the tokens."""
+    device = batch.tokens.device
+    group = torch.arange(config.samples_per_prompt, device=device)
+    rows = (prompts.to(device)[:, None] * config.samples_per_prompt + group).flatten()
+    total = batch.mask[rows].sum()
+    micro = (config.micro_batch or len(prompts)) * config.samples_per_prompt
+    run.optimizer.zero_grad()
+    sums: dict[str, float] = {}
+    for part in rows.split(micro):
+        loss, found = losses(run, batch, part, config, first)
+        share = (batch.mask[part].sum() / total).item()
+        (share * loss).backward()
+        for name, value in found.items():
+            sums[name] = sums.get(name, 0.0) + share * value
+    if config.ptx_coefficient:
+        (config.ptx_coefficient * ptx_loss(run, ptx, len(rows))).backward()
+    norms = []
+    for group_of in run.optimizer.param_groups:
+        norms.append(nn.utils.clip_grad_norm_(group_of["params"], config.max_grad_norm).item())
+    _check_finite(**{name: torch.tensor(value) for name, value in sums.items()})
+    _check_finite(gradient=torch.tensor(norms))
+    run.optimizer.step()
+    return sums | {"grad_norm": norms[0]}
+
+
+def losses(
+    run: Run, batch: Batch, rows: Tensor, config: Config, first: bool = False
+) -> tuple[Tensor, dict[str, float]]:
+    """The loss on some rows of the batch: clipped policy loss, entropy bonus, value loss."""
+    where = (batch.tokens[rows], batch.attention_mask[rows], batch.mask.shape[1])
+    mask, old = batch.mask[rows], batch.old_log_probs[rows]
+    bonus = 0.0
+    if config.entropy_coefficient:
+        logits = completion_logits(run.policy, *where) / config.temperature
+        log_probs = token_log_probs(logits, where[0][:, -where[2] :])
+        bonus = masked_mean(entropy(logits), mask)
+    else:
+        log_probs = completion_log_probs(
+            run.policy, *where, config.temperature, samples_per_prompt=config.samples_per_prompt
+        )
+    if first:
+        _check_ratio(log_probs, old, mask)
+    policy: PolicyLoss = ppo_clip_loss(log_probs, old, batch.advantages[rows], mask, config.clip)
+    loss = policy.loss - config.entropy_coefficient * bonus
+    found = {
+        "policy_loss": policy.loss.item(),
+        "clip_fraction": policy.clip_fraction.item(),
+        "approx_kl": policy.approx_kl.item(),
+        "value_loss": 0.0,
+    }
+    if run.value_model is not None:
+        values = run.value_model(*where, config.samples_per_prompt)
+        error = value_loss(values, batch.values[rows], batch.returns[rows], mask, config.value_clip)
+        # its parameters are others, so no coefficient is needed
+        loss = loss + error
+        found["value_loss"] = error.item()
+    return loss, found
+
+
+def ptx_loss(run: Run, ptx: Sequence[sft.Example], count: int) -> Tensor:
+    """The fine-tuning loss on `count` random examples.
+
+    Source: Ouyang et al. 2022, "Training language models to follow instructions with human
+        feedback", equation 2.
+    """
+    drawn = torch.randint(len(ptx), (count,), generator=run.order).tolist()
+    batch = sft.collate([ptx[i] for i in drawn], run.tokenizer.pad_token_id)
+    device = next(run.policy.parameters()).device
+    return sft.sft_loss(run.policy, sft.Batch(*(tensor.to(device) for tensor in batch)))
+
+
+def completion_logits(
+    model: nn.Module, tokens: Tensor, attention_mask: Tensor, completion_length: int
+) -> Tensor:
+    """Logits [N, C, V] that predict the completion."""
+    positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+    logits = model(tokens, attention_mask=attention_mask.long(), position_ids=positions).logits
+    return logits[:, -completion_length - 1 : -1]
+
+
+# --- train -----------------------------------------------------------------------------------------
+
+
+def start(
+    policy: nn.Module, tokenizer: Tokenizer, config: Config, value_model: nn.Module | None = None
+) -> Run:
+    """A run before its first iteration; the policy as it is now becomes the reference.
+
+    Args:
+        policy: a causal language model, LoRA or not.
+        tokenizer: its tokenizer.
+        config: the settings.
+        value_model: a `ValueModel`; None makes one from the policy's trunk if the settings ask for
+            one.
+    """
+    policy.eval()  # no dropout: the first ratio has to be 1
+    if value_model is None and config.baseline == "value":
+        value_model = models.ValueModel(policy)
+    groups = [{"params": _trained(policy), "highest": config.learning_rate}]
+    if value_model is not None:
+        value_model.eval()
+        groups.append({"params": _trained(value_model), "highest": config.value_learning_rate})
+    controller = None
+    if config.kl_target is not None:
+        controller = AdaptiveKLController(
+            config.kl_coefficient, config.kl_target, config.kl_horizon
+        )
+    device = next(policy.parameters()).device
+    return Run(
+        policy,
+        value_model,
+        tokenizer,
+        models.reference(policy),
+        torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=0.0),
+        controller,
+        torch.Generator(device).manual_seed(config.seed),
+        torch.Generator().manual_seed(config.seed),
+        config.kl_coefficient,
+    )
+
+
+def train(
+    policy: nn.Module,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    reward: rewards.Reward,
+    config: Config,
+    value_model: nn.Module | None = None,
+    columns: Mapping[str, Sequence] | None = None,
+    ptx: Sequence[tuple[str, str]] = (),
+    folder: str | Path | None = None,
+    save_every: int = 1,
+) -> Iterator[Metrics]:
+    """Train a policy in place; the caller plots, logs and stops.
+
+    Args:
+        policy: a causal language model, LoRA or not, as it should be at the start; it is the
+            reference too.
+        tokenizer: its tokenizer, as `models.load` returns it.
+        prompts: texts; each iteration takes the next ones in an order that changes with every pass.
+        reward: a reward function.
+        config: the settings.
+        value_model: see `start`.
+        columns: further columns, as long as `prompts`, that the reward function is given.
+        ptx: (prompt, response) pairs for the PPO-ptx term.
+        folder: where checkpoints are written. If it holds one, the run goes on from there: pass the
+            same arguments, the policy as it was at the start included.
+        save_every: iterations from one checkpoint to the next; the last is always kept.
+    Yields: Metrics, one an iteration; those of earlier iterations first when a run goes on.
+    Raises: ValueError on settings out of range, or as `checkpoint.load`; TrainingStopped, with a
+        name, on a fault that more iterations would not mend.
+    Source: Ouyang et al. 2022, "Training language models to follow instructions with human
+        feedback", section 3.5; Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO".
+    """
+    _check(config, prompts, columns, ptx)
+    run = start(policy, tokenizer, config, value_model)
+    identity = {"config": asdict(config), "prompts": _digest([list(prompts), list(ptx)])}
+    if folder is not None:
+        _restore(run, checkpoint.load(folder, identity))
+        yield from run.history
+    examples = sft.encode(tokenizer, ptx) if ptx else ()
+    for index in range(len(run.history), config.iterations):
+        _set_learning_rate(run.optimizer, index, config)
+        chosen = prompt_indices(len(prompts), index, config)
+        some = {name: [values[i] for i in chosen] for name, values in (columns or {}).items()}
+        metrics = iterate(run, [prompts[i] for i in chosen], reward, config, some, examples)
+        run.history.append(metrics)
+        due = metrics.iteration % save_every == 0 or metrics.iteration == config.iterations
+        if folder is not None and due:
+            checkpoint.save(folder, metrics.iteration, _state(run), identity)
+        yield metrics
+        diagnose(run.history)
+
+
+def iterate(
+    run: Run,
+    prompts: Sequence[str],
+    reward: rewards.Reward,
+    config: Config,
+    columns: Mapping[str, Sequence] | None = None,
+    ptx: Sequence[sft.Example] = (),
+) -> Metrics:
+    """One iteration: collect, update, adapt the KL coefficient, measure."""
+    begin = time.perf_counter()
+    batch = collect(run, prompts, reward, config, columns)
+    collected = time.perf_counter()
+    before = measure(run, batch, config)
+    after = update(run, batch, config, ptx)
+    if run.controller is not None:
+        run.kl_coefficient = run.controller.update(before["kl"], len(batch.scores))
+    times = {
+        "rollout_seconds": collected - begin,
+        "update_seconds": time.perf_counter() - collected,
+    }
+    return Metrics(iteration=len(run.history) + 1, **before, **after, **times)
+
+
+@torch.no_grad()
+def measure(run: Run, batch: Batch, config: Config) -> dict[str, float]:
+    """What is worth knowing of a batch before anything is learned from it."""
+    mask = batch.mask
+    log_ratio = (batch.old_log_probs - batch.ref_log_probs).masked_fill(~mask, 0.0)
+    logits = completion_logits(
+        run.policy,
+        batch.tokens[:_ENTROPY_ROWS],
+        batch.attention_mask[:_ENTROPY_ROWS],
+        mask.shape[1],
+    )
+    spread = entropy(logits / config.temperature)
+    returns, errors = batch.returns[mask], (batch.returns - batch.values)[mask]
+    variance = returns.var(unbiased=False)
+    return {
+        "reward": batch.rewards.sum(1).mean().item(),
+        "score": batch.scores.mean().item(),
+        "score_std": batch.scores.std().item(),
+        "kl": log_ratio.sum(1).mean().item(),
+        "kl_coefficient": run.kl_coefficient,
+        "entropy": masked_mean(spread, mask[:_ENTROPY_ROWS]).item(),
+        "explained_variance": (1 - errors.var(unbiased=False) / variance).item()
+        if variance
+        else 0.0,
+        "length": mask.sum(1).double().mean().item(),
+        "unended": 1.0 - batch.ended.double().mean().item(),
+        "distinct": len(set(batch.texts)) / len(batch.texts),
+    }
+
+
+def prompt_indices(count: int, iteration: int, config: Config) -> list[int]:
+    """Which prompts iteration 0, 1, … takes: the next ones of a random order, a new order for each
+    pass; it depends on the settings alone, so that a run can go on anywhere."""
+    found: list[int] = []
+    for place in range(iteration * config.prompts, (iteration + 1) * config.prompts):
+        generator = torch.Generator().manual_seed(1_000_003 * config.seed + place // count)
+        found.append(int(torch.randperm(count, generator=generator)[place % count]))
+    return found
+
+
+def _set_learning_rate(optimizer: torch.optim.Optimizer, index: int, config: Config) -> None:
+    shape = sft.Config(learning_rate=1.0, warm_up=config.warm_up)
+    for group in optimizer.param_groups:
+        group["lr"] = group["highest"] * sft.learning_rate_at(index, config.iterations, shape)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+# --- a run that goes on ----------------------------------------------------------------------------
+
+
+def _weights(run: Run) -> dict[str, dict[str, Tensor]]:
+    found = {}
+    for name, model in (("policy", run.policy), ("value_model", run.value_model)):
+        if model is not None:
+            found[name] = {k: p.detach() for k, p in model.named_parameters() if p.requires_grad}
+    return found
+
+
+def _state(run: Run) -> dict[str, Any]:
+    return {
+        "weights": _weights(run),
+        "optimizer": run.optimizer.state_dict(),
+        "sampling": run.sampling.get_state(),
+        "order": run.order.get_state(),
+        "kl_coefficient": run.kl_coefficient,
+        "history": [list(metrics) for metrics in run.history],
+    }
+
+
+@torch.no_grad()
+def _restore(run: Run, found: checkpoint.Checkpoint | None) -> None:
+    if found is None:
+        return
+    state = found.state
+    for name, weights in _weights(run).items():
+        for key, parameter in weights.items():
+            parameter.copy_(state["weights"][name][key])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.sampling.set_state(state["sampling"])
+    run.order.set_state(state["order"])
+    run.kl_coefficient = state["kl_coefficient"]
+    if run.controller is not None:
+        run.controller.coefficient = run.kl_coefficient
+    run.history = [Metrics(*values) for values in state["history"]]
+
+
+# --- what stops a run ------------------------------------------------------------------------------
+
+
+def _check_finite(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise TrainingStopped(
+                "not finite",
+                f"{name} holds a NaN or an infinity; lower learning_rate or max_grad_norm, and go on "
+                "from an earlier checkpoint",
+            )
+
+
+def _check_ratio(log_probs: Tensor, old_log_probs: Tensor, mask: Tensor) -> None:
+    difference = (log_probs.detach() - old_log_probs).masked_fill(~mask, 0.0).abs().max().item()
+    if not difference <= RATIO_TOLERANCE:
+        raise TrainingStopped(
+            "first ratio",
+            f"before any update the log-probabilities of sampling and of training differ by "
+            f"{difference:.3g} nats, so the ratio is not 1; look for dropout that is on, another "
+            "temperature, or padding without position ids",
+        )
+
+
+def diagnose(history: Sequence[Metrics]) -> None:
+    """Stop a run whose last `PATIENCE` iterations all show the same fault.
+
+    Raises: TrainingStopped named "equal rewards", "collapse" or "negative KL".
+    """
+    last = history[-PATIENCE:]
+    if len(last) < PATIENCE:
+        return
+    if all(one.score_std == 0.0 for one in last):
+        raise TrainingStopped(
+            "equal rewards",
+            "every completion earned the same, so there is nothing to learn; look at the reward "
+            "function, or take easier prompts",
+        )
+    if all(one.entropy < 0.05 and one.distinct < 0.2 for one in last):
+        raise TrainingStopped(
+            "collapse",
+            f"entropy {last[-1].entropy:.2g} nats, {last[-1].distinct:.0%} of the completions "
+            "distinct: the policy writes one text; raise kl_coefficient or lower learning_rate",
+        )
+    if all(one.kl < -0.5 for one in last):
+        raise TrainingStopped(
+            "negative KL",
+            f"the mean log-ratio is {last[-1].kl:.2g} nats, which no divergence can be; what is "
+            "sampled is not what is scored (top-k, top-p, another temperature, padding)",
+        )
+
+
+def _check(
+    config: Config,
+    prompts: Sequence[str],
+    columns: Mapping[str, Sequence] | None,
+    ptx: Sequence[tuple[str, str]],
+) -> None:
+    if isinstance(prompts, str) or not prompts:
+        raise ValueError("prompts must be a list of at least one text")
+    for name, values in (columns or {}).items():
+        if len(values) != len(prompts):
+            raise ValueError(
+                f"columns[{name!r}] has {len(values)} entries for {len(prompts)} prompts; make them "
+                "equal"
+            )
+    one_of(config.baseline, BASELINES, "baseline")
+    for name in ("iterations", "prompts", "samples_per_prompt", "epochs", "mini_batches"):
+        in_range(getattr(config, name), name, 1)
+    if config.prompts % config.mini_batches:
+        raise ValueError(
+            f"mini_batches={config.mini_batches} must divide the {config.prompts} prompts"
+        )
+    if config.baseline == "group" and config.samples_per_prompt < 2:
+        raise ValueError('baseline="group" needs samples_per_prompt of 2 or more')
+    if config.micro_batch is not None:
+        in_range(config.micro_batch, "micro_batch", 1)
+    for name in ("kl_coefficient", "entropy_coefficient", "ptx_coefficient", "missing_end_penalty"):
+        in_range(getattr(config, name), name, 0.0)
+    for name in ("learning_rate", "value_learning_rate", "max_grad_norm"):
+        in_range(getattr(config, name), name, 0.0, open_low=True)
+    if config.ptx_coefficient and not ptx:
+        raise ValueError(
+            "ptx is empty, but ptx_coefficient is not 0; pass (prompt, response) pairs"
+        )

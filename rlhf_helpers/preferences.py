@@ -351,6 +351,8 @@ def choice_probabilities(
     """How likely each annotator is to prefer the first response, to call a tie, to prefer the
     second.
 
+    Equation: eq:annotator
+
     Args, Raises: as in `annotate`.
     Returns: [N, A, 3], float64; sums to 1 over the last dimension.
     """

@@ -213,6 +213,7 @@ def by_hand(annotator, first, second):
 
 
 @pytest.mark.parametrize("shown", SHOWN)
+@pytest.mark.equation("eq:annotator")
 def test_probabilities_of_each_choice(shown):
     """Oracle: SciPy's logistic distribution; without ties also (1 − noise) σ(z) + noise/2."""
     found = choice_probabilities(*repeated(*shown, n=1), utility, ANNOTATORS)

@@ -8,7 +8,7 @@ UI_INSTALLED := $(UI)/.installed
 CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book html test test-ui lab refresh tables tiny results bench repo clean
+.PHONY: help setup book html test test-ui lab refresh tables tiny reward results bench repo clean
 
 # Builds $(1)/_build/html from the notebooks' stored outputs; pages of an earlier build never survive.
 # Warnings and errors come on the other channel; what is silenced is a banner.
@@ -63,6 +63,9 @@ tables: setup ## write the pages book/equations.md and book/status.md
 tiny: setup ## train the tiny GPT-2 again (about ten minutes)
 	@# idle threads sleep: on a machine that is busy otherwise, spinning ones cost more than they bring
 	OMP_WAIT_POLICY=passive $(BIN)/python tools/make_tiny.py
+
+reward: setup ## train the shipped reward model again (half a minute)
+	$(BIN)/python tools/make_reward.py
 
 results: setup ## record the long sweeps that notebooks draw
 	@for script in $(wildcard benchmarks/record_*.py); do \

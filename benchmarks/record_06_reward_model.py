@@ -13,7 +13,6 @@ import torch
 from rlhf_helpers import models, preferences, rewards, settings, worlds
 from rlhf_helpers.algorithms import reward_model as rm
 from rlhf_helpers.losses import bradley_terry_loss
-from rlhf_helpers.preferences import Annotator
 from rlhf_helpers.rollout import write
 
 RESULTS = Path(__file__).resolve().parents[1] / "rlhf_helpers" / "assets" / "results"
@@ -56,7 +55,7 @@ class Bench:
             learning_rate=run.reward_learning_rate, seed=seed, evaluate_every=10**6
         )
         self.held_out = self.pairs("held_out", HELD_OUT)
-        self.annotators = [Annotator(f"{n}", run.annotator_temperature) for n in range(ANNOTATORS)]
+        self.annotators = preferences.crowd(run.annotator_temperature, ANNOTATORS)
         one = self.annotators[:1]
         self.truth = preferences.choice_probabilities(*self.held_out, self.utility, one)[:, 0]
         said = preferences.annotate(*self.held_out, self.utility, one, seed=1000 + seed)

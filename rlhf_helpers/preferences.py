@@ -288,6 +288,11 @@ class Annotator:
                 raise ValueError(f"{name}={getattr(self, name)} must be finite")
 
 
+def crowd(temperature: float, count: int = 5) -> list[Annotator]:
+    """Annotators of one temperature and without faults, each with luck of their own."""
+    return [Annotator(f"annotator {n + 1}", temperature) for n in range(count)]
+
+
 class Annotations(NamedTuple):
     """What annotators said."""
 

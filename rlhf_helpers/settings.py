@@ -9,6 +9,8 @@ from pathlib import Path
 SCALES = ("tiny", "gpt2")
 # The small GPT-2 that the package carries, with its tokenizer.
 TINY = str(Path(__file__).parent / "assets" / "tiny-gpt2")
+# The reward model that chapter 06 trains on it.
+TINY_REWARD = str(Path(__file__).parent / "assets" / "tiny-reward")
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Settings:
         preference_pairs: pairs that chapter 06 trains its reward model on.
         annotator_temperature: of the simulated annotators, in units of their utility.
         reward_learning_rate: for the reward model.
+        reward_model: folder of the one that chapter 06 trains; "" where it has to be trained.
     """
 
     scale: str
@@ -42,6 +45,7 @@ class Settings:
     preference_pairs: int
     annotator_temperature: float
     reward_learning_rate: float
+    reward_model: str
 
 
 def _tiny() -> Settings:
@@ -58,6 +62,7 @@ def _tiny() -> Settings:
         preference_pairs=2000,
         annotator_temperature=0.75,
         reward_learning_rate=6e-4,
+        reward_model=TINY_REWARD,
     )
 
 
@@ -77,6 +82,7 @@ def _gpt2() -> Settings:
         preference_pairs=2000,
         annotator_temperature=2.0,
         reward_learning_rate=2e-5,
+        reward_model="",
     )
 
 

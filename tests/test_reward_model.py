@@ -15,10 +15,11 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as token_models
 from transformers import GPT2ForSequenceClassification, PreTrainedTokenizerFast
 
-from rlhf_helpers import settings
+from rlhf_helpers import models, preferences, settings
 from rlhf_helpers.algorithms import reward_model as rm
 from rlhf_helpers.algorithms.reward_model import Comparison, Config
 from rlhf_helpers.models import lora_policy
+from rlhf_helpers.worlds import reviews
 
 WORDS = ["<end>", *"abcdefghijklmnopqrstuvwxyz."]
 DATA = [
@@ -403,3 +404,20 @@ def test_accuracy_counts_zero_gaps_and_ties_half():
     gaps = torch.tensor([2.0, 1.0, 3.0, 0.0, -1.0])
     preference = torch.tensor([1.0, 0.0, 0.5, 1.0, 0.9])
     assert rm.accuracy(gaps, preference) == pytest.approx((1 + 0 + 0.5 + 0.5 + 0.1) / 5)
+
+
+def test_the_shipped_model_is_that_of_chapter_06():
+    """Oracle: the true quality of held-out responses that it was never shown, and the noise ceiling."""
+    run = settings.load()
+    model = rm.of_chapter_06(run)
+    policy, tokenizer = models.load(run.model)
+    openings = reviews.openings("validation", 150)
+    pairs = preferences.sample_pairs(
+        policy, tokenizer, openings, 48, torch.Generator().manual_seed(5)
+    )
+    people = preferences.crowd(run.annotator_temperature, 1)
+    p = preferences.choice_probabilities(*pairs, reviews.quality, people)[:, 0]
+    gaps = rm.score_gaps(model, tokenizer, rm.labelled(*pairs, p[:, 0]))
+    way = (rm.accuracy(gaps.double(), p[:, 0]) - 0.5) / (preferences.ceiling(p) - 0.5)
+    assert way > 0.85
+    assert not model.training

@@ -41,6 +41,16 @@ BASELINES = ("value", "group", "none")
 RATIO_TOLERANCE = 1e-2
 PATIENCE = 5  # iterations in a row before a slow fault stops a run
 _ENTROPY_ROWS = 16  # sequences that the logged entropy is measured on
+# settings that are at least 1, and those that are above 0
+_COUNTS = ("iterations", "prompts", "samples_per_prompt", "max_new_tokens", "epochs", "mini_batches")
+_POSITIVE = (
+    "temperature",
+    "learning_rate",
+    "value_learning_rate",
+    "max_grad_norm",
+    "clip",
+    "kl_horizon",
+)
 
 
 @dataclass(frozen=True)
@@ -133,7 +143,7 @@ class Metrics(NamedTuple):
     kl_coefficient: float
     entropy: float  # of the next token, over the vocabulary, nats
     clip_fraction: float
-    approx_kl: float  # of the policy from `old`, after the updates, nats a token
+    approx_kl: float  # of the policy from `old`, on the last mini-batch before its update, nats a token
     explained_variance: float  # share of the returns' variance that the values foresaw
     policy_loss: float
     value_loss: float
@@ -205,9 +215,11 @@ def collect(
 ) -> Batch:
     """Sample completions, score them, and find what each token was worth.
 
-    Raises: TrainingStopped on log-probabilities or values that are not finite; ValueError as
-        `rewards.score`.
+    Raises: TrainingStopped on weights, log-probabilities or values that are not finite; ValueError
+        as `rewards.score`.
     """
+    for owner, weights in _weights(run).items():
+        _check_finite(**{f"{owner}.{name}": weight for name, weight in weights.items()})
     group, tokenizer = config.samples_per_prompt, run.tokenizer
     device = next(run.policy.parameters()).device
     rollout = sample(
@@ -453,6 +465,7 @@ def train(
         feedback", section 3.5; Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO".
     """
     _check(config, prompts, columns, ptx)
+    in_range(save_every, "save_every", 1)
     run = start(policy, tokenizer, config, value_model)
     identity = {"config": asdict(config), "prompts": _digest([list(prompts), list(ptx)])}
     if folder is not None:
@@ -512,7 +525,8 @@ def measure(run: Run, batch: Batch, config: Config) -> dict[str, float]:
     return {
         "reward": batch.rewards.sum(1).mean().item(),
         "score": batch.scores.mean().item(),
-        "score_std": batch.scores.std().item(),
+        # in float64 that of equal scores is 0, without a residue of the mean's rounding
+        "score_std": batch.scores.double().std().item(),
         "kl": log_ratio.sum(1).mean().item(),
         "kl_coefficient": run.kl_coefficient,
         "entropy": masked_mean(spread, mask[:_ENTROPY_ROWS]).item(),
@@ -654,22 +668,31 @@ def _check(
                 f"columns[{name!r}] has {len(values)} entries for {len(prompts)} prompts; make them "
                 "equal"
             )
+    if config.ptx_coefficient and not ptx:
+        raise ValueError(
+            "ptx is empty, but ptx_coefficient is not 0; pass (prompt, response) pairs"
+        )
+    _check_settings(config)
+
+
+def _check_settings(config: Config) -> None:
     one_of(config.baseline, BASELINES, "baseline")
-    for name in ("iterations", "prompts", "samples_per_prompt", "epochs", "mini_batches"):
+    for name in _COUNTS:
         in_range(getattr(config, name), name, 1)
+    for name in ("kl_coefficient", "entropy_coefficient", "ptx_coefficient", "missing_end_penalty"):
+        in_range(getattr(config, name), name, 0.0)
+    for name in _POSITIVE:
+        in_range(getattr(config, name), name, 0.0, open_low=True)
+    for name in ("warm_up", "gamma", "lam"):
+        in_range(getattr(config, name), name, 0.0, 1.0)
+    if config.micro_batch is not None:
+        in_range(config.micro_batch, "micro_batch", 1)
+    for name in ("value_clip", "kl_target", "stop_kl"):
+        if getattr(config, name) is not None:
+            in_range(getattr(config, name), name, 0.0, open_low=True)
     if config.prompts % config.mini_batches:
         raise ValueError(
             f"mini_batches={config.mini_batches} must divide the {config.prompts} prompts"
         )
     if config.baseline == "group" and config.samples_per_prompt < 2:
         raise ValueError('baseline="group" needs samples_per_prompt of 2 or more')
-    if config.micro_batch is not None:
-        in_range(config.micro_batch, "micro_batch", 1)
-    for name in ("kl_coefficient", "entropy_coefficient", "ptx_coefficient", "missing_end_penalty"):
-        in_range(getattr(config, name), name, 0.0)
-    for name in ("learning_rate", "value_learning_rate", "max_grad_norm"):
-        in_range(getattr(config, name), name, 0.0, open_low=True)
-    if config.ptx_coefficient and not ptx:
-        raise ValueError(
-            "ptx is empty, but ptx_coefficient is not 0; pass (prompt, response) pairs"
-        )

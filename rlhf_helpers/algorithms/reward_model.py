@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from rlhf_helpers import models
+from rlhf_helpers import models, preferences, rewards, worlds
 from rlhf_helpers._validate import finite, in_range, one_of, same_shape
 from rlhf_helpers.algorithms import sft
 from rlhf_helpers.losses import bradley_terry_loss, plackett_luce_loss, rao_kupper_loss
+from rlhf_helpers.settings import Settings
 
 LOSSES = ("bradley-terry", "plackett-luce", "rao-kupper")
 SIDES = ("right", "left")
@@ -549,3 +550,41 @@ def fit_temperature(gaps: Tensor, preference: Tensor) -> float:
         middle = math.sqrt(low * high)
         low, high = (middle, high) if slope(middle) < 0 else (low, middle)
     return 1.0 / math.sqrt(low * high)
+
+
+# --- the reward model of chapter 06 ----------------------------------------------------------------
+
+
+def fit(run: Settings, seed: int = 0) -> PreTrainedModel:
+    """A reward model made as in chapter 06: pairs from the language model, answers of five
+    simulated annotators, one pass.
+
+    Args:
+        run: model, world, number of pairs, annotators' temperature and learning rate.
+        seed: of the pairs, the answers and the order of training.
+    """
+    policy, tokenizer = models.load(run.model, device=run.device)
+    prompts = worlds.load(run.world).openings("train", run.preference_pairs, seed)
+    luck = torch.Generator(run.device).manual_seed(seed)
+    pairs = preferences.sample_pairs(policy, tokenizer, prompts, run.max_new_tokens, luck)
+    people = preferences.crowd(run.annotator_temperature)
+    said = preferences.annotate(*pairs, rewards.true_utility(run), people, seed).preferences
+    model, _ = load(policy, tokenizer, run.device)
+    config = Config(learning_rate=run.reward_learning_rate, seed=seed)
+    for _ in train(model, tokenizer, labelled(*pairs, said.mean(1)), config):
+        pass
+    return model
+
+
+def of_chapter_06(run: Settings) -> PreTrainedModel:
+    """The reward model that chapter 06 trains, for the chapters after it: read from the package at
+    scale tiny, made anew by `fit` at gpt2, which takes minutes.
+
+    Raises: OSError if the package is not whole.
+    """
+    if not run.reward_model:
+        return fit(run)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        run.reward_model, use_safetensors=True, trust_remote_code=False
+    )
+    return model.to(run.device).eval()

@@ -17,12 +17,16 @@ sequences are log-probabilities [Y], in nats; −inf means that a sequence canno
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+import string
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from rlhf_helpers._validate import finite, in_range, same_shape
 
@@ -74,12 +78,12 @@ def language(vocabulary: int, length: int) -> Language:
             f"vocabulary={vocabulary} and length={length} make {count:,} sequences; "
             f"lower one of them, to {_LARGEST:,} sequences at most"
         )
-    rows, levels = torch.zeros(1, 0, dtype=torch.long), []
-    for depth in range(length + 1):
-        levels.append(pad(rows, (0, length - depth)))
-        following = torch.arange(1, vocabulary).repeat(len(rows)).unsqueeze(1)
-        rows = torch.cat([rows.repeat_interleave(vocabulary - 1, dim=0), following], dim=1)
-    tokens = torch.cat(levels)
+    levels = [torch.zeros(1, 0, dtype=torch.long)]
+    for _ in range(length):
+        before = levels[-1].repeat_interleave(vocabulary - 1, dim=0)
+        following = torch.arange(1, vocabulary).repeat(len(levels[-1])).unsqueeze(1)
+        levels.append(torch.cat([before, following], dim=1))
+    tokens = torch.cat([pad(rows, (0, length - depth)) for depth, rows in enumerate(levels)])
     mask = torch.arange(length) <= (tokens > 0).sum(1, keepdim=True)
     states = _numbers(tokens, vocabulary)[:, :-1] * mask
     return Language(vocabulary, length, tokens, mask, states)
@@ -523,3 +527,63 @@ def label_pairs(
     preferred = torch.sigmoid(utilities[first] - utilities[second])
     uniform = torch.rand(preferred.shape, generator=generator, dtype=preferred.dtype)
     return uniform < preferred
+
+
+# --- text ------------------------------------------------------------------------------------------
+
+
+def tokenizer(language: Language) -> PreTrainedTokenizerFast:
+    """Letters for tokens, so that code that works on texts works on the language: token 1 is "a",
+    token 2 is "b", with spaces between them. Token 0, "<end>", is written nowhere.
+
+    The prompt of the language is the empty text: `models.encode_prompts` makes token 0 of it.
+
+    Args:
+        language: as `language` returns it.
+    Returns: a tokenizer; end, start and padding are token 0. A text of anything else is refused.
+    Raises: ValueError if the alphabet has fewer letters than the language.
+    """
+    words = ["<end>", *_letters(language)]
+    model = Tokenizer(WordLevel({word: token for token, word in enumerate(words)}))
+    model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    roles = dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<end>")
+    return PreTrainedTokenizerFast(tokenizer_object=model, padding_side="left", **roles)
+
+
+def reward(language: Language, utilities: Tensor) -> Callable[..., list[float]]:
+    """The utilities as a reward function on texts.
+
+    A text of L letters is the sequence that was cut off, a shorter one has ended.
+
+    Args:
+        language: as `language` returns it.
+        utilities: [Y], one a sequence.
+    Returns: a reward function; it raises ValueError on a completion that is no sequence, naming it.
+    Raises: ValueError on a wrong shape, a utility that is not finite, or too few letters.
+    """
+    _check_shape(utilities, "utilities", (len(language.tokens),))
+    finite(utilities, "utilities")
+    words = ["", *_letters(language)]
+    texts = (" ".join(words[token] for token in row if token) for row in language.tokens.tolist())
+    known = dict(zip(texts, utilities.tolist(), strict=True))
+
+    def utility(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
+        for i, text in enumerate(completions):
+            if text not in known:
+                raise ValueError(
+                    f"completions[{i}], {text!r}, is no sequence of the language; sample with its "
+                    f"tokenizer and max_new_tokens={language.length}"
+                )
+        return [known[text] for text in completions]
+
+    return utility
+
+
+def _letters(language: Language) -> str:
+    most = len(string.ascii_lowercase)
+    if language.vocabulary - 1 > most:
+        raise ValueError(
+            f"vocabulary={language.vocabulary} has more tokens than there are letters; "
+            f"lower it to {most + 1} at most"
+        )
+    return string.ascii_lowercase[: language.vocabulary - 1]

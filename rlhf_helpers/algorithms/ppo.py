@@ -42,7 +42,14 @@ RATIO_TOLERANCE = 1e-2
 PATIENCE = 5  # iterations in a row before a slow fault stops a run
 _ENTROPY_ROWS = 16  # sequences that the logged entropy is measured on
 # settings that are at least 1, and those that are above 0
-_COUNTS = ("iterations", "prompts", "samples_per_prompt", "max_new_tokens", "epochs", "mini_batches")
+_COUNTS = (
+    "iterations",
+    "prompts",
+    "samples_per_prompt",
+    "max_new_tokens",
+    "epochs",
+    "mini_batches",
+)
 _POSITIVE = (
     "temperature",
     "learning_rate",
@@ -143,7 +150,7 @@ class Metrics(NamedTuple):
     kl_coefficient: float
     entropy: float  # of the next token, over the vocabulary, nats
     clip_fraction: float
-    approx_kl: float  # of the policy from `old`, on the last mini-batch before its update, nats a token
+    approx_kl: float  # of the policy from `old`, nats a token, at the last update, before its step
     explained_variance: float  # share of the returns' variance that the values foresaw
     policy_loss: float
     value_loss: float

@@ -25,23 +25,35 @@ from rlhf_helpers.book.checks.chapter_05 import (
     check_perplexity,
     check_sequence_log_prob,
 )
+from rlhf_helpers.book.checks.chapter_06 import (
+    check_bradley_terry_loss,
+    check_last_score,
+    check_noise_ceiling,
+    check_preference_probability,
+    check_score_gap,
+)
 
 __all__ = [
     "check_bandit_gradient",
     "check_batch_mean_factor",
     "check_batches_to_double",
+    "check_bradley_terry_loss",
     "check_categorical_kl",
     "check_clipped_objective",
     "check_effective_sample_size",
     "check_fisher_product",
     "check_four_slopes",
+    "check_last_score",
     "check_leave_one_out",
     "check_line_search",
     "check_lora_size",
     "check_loss_mask",
     "check_mended_loss",
+    "check_noise_ceiling",
     "check_nucleus",
     "check_perplexity",
     "check_policy_gradient_loss",
+    "check_preference_probability",
+    "check_score_gap",
     "check_sequence_log_prob",
 ]

@@ -586,6 +586,79 @@ def test_the_trunk_of_a_lora_policy_comes_with_its_adapter():
     assert len(trained) == 6
 
 
+def grouped(lengths, group, width=4, seed=3):
+    """Prompts of these lengths, padded to 4, with `group` completions of 1 to 3 tokens each."""
+    generator = torch.Generator().manual_seed(seed)
+    prompts = torch.randint(1, 32, (len(lengths), width), generator=generator)
+    rows = len(lengths) * group
+    completions = torch.randint(1, 32, (rows, 3), generator=generator)
+    tokens = torch.cat([prompts.repeat_interleave(group, 0), completions], 1)
+    left = torch.arange(width) >= width - torch.tensor(lengths).repeat_interleave(group).unsqueeze(
+        1
+    )
+    right = torch.arange(3) <= torch.arange(rows).unsqueeze(1) % 3
+    return tokens, torch.cat([left, right], 1).long()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("group", "lengths"), [(3, (2, 4)), (2, (4, 4)), (4, (1,))])
+def test_values_that_share_a_prompt_are_those_of_each_sequence_alone(name, group, lengths):
+    """Oracle: hidden state times weight plus bias and its gradient, one sequence at a time without
+    padding, in float64; openai-gpt, which has no cache, included."""
+    value = ValueModel(family(name).double())
+    torch.manual_seed(1)
+    torch.nn.init.normal_(value.head.weight)
+    torch.nn.init.normal_(value.head.bias)
+    tokens, mask = grouped(lengths, group)
+    weights = torch.randn(len(tokens), 3, dtype=torch.float64)
+    expected = []
+    for i, row in enumerate(tokens):
+        count = int(mask[i, -3:].sum())
+        hidden = value.trunk(row[mask[i].bool()][None]).last_hidden_state[0]
+        found = hidden[-count - 1 : -1] @ value.head.weight[0] + value.head.bias[0]
+        expected.append(torch.cat([found, found.new_zeros(3 - count)]))
+    expected = torch.stack(expected)
+    (expected * weights).sum().backward()
+    wanted = {n: p.grad.clone() for n, p in value.named_parameters() if p.grad is not None}
+    value.zero_grad()
+    found = value(tokens, mask, 3, samples_per_prompt=group)
+    (found * weights).sum().backward()
+    # the norm of these two is computed in float32 whatever the model's precision
+    tolerance = 1e-5 if name in ("llama", "qwen") else 1e-10
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+    assert not found[mask[:, -3:] == 0].any()
+    assert wanted
+    for parameter, grad in wanted.items():
+        found = value.get_parameter(parameter).grad
+        atol = tolerance * max(1.0, grad.abs().max().item())
+        torch.testing.assert_close(found, grad, rtol=0, atol=atol, msg=parameter)
+
+
+def test_a_shared_prompt_goes_through_the_trunk_once():
+    """Oracle: the number of tokens that the trunk is given."""
+    value, seen = ValueModel(tiny()), []
+    value.trunk.wte.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    value(*grouped((2, 4), 3), 3, samples_per_prompt=3)
+    assert sum(ids.numel() for ids in seen) == 2 * 4 + 6 * 2
+    seen.clear()
+    value(*grouped((2, 4), 3), 3)
+    assert sum(ids.numel() for ids in seen) == 6 * (4 + 2)
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        (4, "samples_per_prompt=4 must be positive and divide the 6 rows"),
+        (0, "samples_per_prompt=0 must be positive"),
+        (2, r"group 1 \(rows 2 to 3\) holds different prompts"),
+    ],
+)
+def test_rows_that_are_no_groups_are_refused(group, message):
+    """Oracle: the specification."""
+    with pytest.raises(ValueError, match=message):
+        ValueModel(tiny())(*grouped((2, 4), 3), 3, samples_per_prompt=group)
+
+
 @pytest.mark.parametrize("length", [0, 7, 8])
 def test_a_completion_length_outside_the_sequence_is_refused(length):
     """Oracle: the specification; a value needs one token before it."""

@@ -30,9 +30,9 @@ from rlhf_helpers.algorithms.ppo import Config, TrainingStopped
 from rlhf_helpers.logprobs import completion_log_probs
 from rlhf_helpers.worlds import enumerable as world
 
-WORDS = ["<end>", *"abcdefghijklmnopqrstuvwxyz"]
-PROMPTS = ["a b c d e", "f", "g h", "i j k l"]
-PTX = [("a b", "c"), ("d", "e f g h"), ("i j k", "l m"), ("n", "o p q")]
+WORDS = ["<end>", *"abcdefgh"]
+PROMPTS = ["a b c d e", "f", "g h", "b a d c"]
+PTX = [("a b", "c"), ("d", "e f g h"), ("h g f", "e d"), ("c", "b a c")]
 SMALL = Config(
     iterations=6,
     prompts=4,
@@ -58,7 +58,7 @@ TOKENIZER = word_tokenizer()
 
 def early(prompts, completions, **columns):
     """Letters from the beginning of the alphabet are worth more."""
-    return [sum(13 - WORDS.index(w) for w in text.split()) / 10 for text in completions]
+    return [sum(4.5 - WORDS.index(w) for w in text.split()) / 4 for text in completions]
 
 
 def small_policy(lora=False, architecture="gpt2", dtype=torch.float32, **changes):
@@ -152,7 +152,7 @@ def test_the_rewards_of_a_rollout_sum_to_score_less_price_and_the_score_is_at_th
         last = max(t for t in range(length) if mask[t])
         assert row[last].item() == pytest.approx(score.item(), abs=1e-6)
         assert row.count_nonzero() == (score != 0)
-        assert last == length - 1 or batch.tokens[0].new_tensor(EOS) == EOS
+    assert len(batch.mask.sum(1).unique()) > 2
 
 
 def test_a_batch_holds_what_was_asked_for():
@@ -241,7 +241,7 @@ VALUES = torch.tensor([[1.0, 1.0, 2.0], [3.0, 0.0, 0.0], [2.0, 4.0, 0.0], [0.0, 
 TO_COME = [[6.0, 5.0, 3.0], [4.0, 0.0, 0.0], [8.0, 8.0, 0.0], [6.0, 4.0, 2.0]]
 BY_HAND = {
     # λ = ½: δ = r + V(next) − V, A = δ + ½·A(next)
-    "value": [[2.25, 2.5, 1.0], [1.0, 0.0, 0.0], [4.0, 4.0, 0.0], [3.5, 3.0, 2.0]],
+    "value": [[2.75, 3.5, 1.0], [1.0, 0.0, 0.0], [4.0, 4.0, 0.0], [3.5, 3.0, 2.0]],
     # two samples a prompt: less the other one's sum, 4 and 6, and 6 and 8
     "group": [[2.0, 1.0, -1.0], [-2.0, 0.0, 0.0], [2.0, 2.0, 0.0], [-2.0, -4.0, -6.0]],
     "none": TO_COME,
@@ -298,7 +298,7 @@ def plain_loss(run, batch, rows, config, with_prompt=False):
         table = logits.log_softmax(-1)
         log_probs = table[torch.arange(ids.shape[1] - 1), ids[0, 1:]]
         if with_prompt:
-            objective = objective + batch.advantages[i, 0] * log_probs[: start - 1].sum()
+            objective = objective + log_probs[: start - 1].sum()
         table, log_probs = table[start - 1 :], log_probs[start - 1 :]
         assert log_probs.shape == (n,)
         ratio = torch.exp(log_probs - batch.old_log_probs[i, :n])
@@ -687,22 +687,35 @@ def test_a_run_whose_completions_all_earn_the_same_stops(same):
         small_policy(), TOKENIZER, PROMPTS, lambda prompts, texts: [same] * len(texts),
         dataclasses.replace(SMALL, iterations=20, epochs=1, max_new_tokens=3),
     )  # fmt: skip
-    seen = []
+    assert len([next(run) for _ in range(ppo.PATIENCE)]) == ppo.PATIENCE
     with pytest.raises(TrainingStopped, match="earned the same") as caught:
-        seen.extend(run)
+        next(run)
     assert caught.value.name == "equal rewards"
-    assert len(seen) == ppo.PATIENCE or not seen
 
 
 def test_a_policy_that_writes_one_text_stops_the_run():
-    """Oracle: a model whose logits are a hundred times as large, which writes the likeliest text."""
+    """Oracle: a model whose logits are a hundred times as large, which writes the likeliest text; the
+    scores differ by chance."""
     policy = small_policy()
     with torch.no_grad():
         policy.transformer.ln_f.weight.mul_(100)
-    config = dataclasses.replace(SMALL, iterations=20, samples_per_prompt=24)
-    with pytest.raises(TrainingStopped) as caught:
-        list(ppo.train(policy, TOKENIZER, ["a b"], early, config))
-    assert caught.value.name in ("collapse", "equal rewards")
+    config = dataclasses.replace(SMALL, iterations=20, samples_per_prompt=24, learning_rate=1e-6)
+    run = ppo.train(policy, TOKENIZER, ["a b"], lambda p, c: [i % 2 for i in range(len(c))], config)
+    found = [next(run) for _ in range(ppo.PATIENCE)]
+    assert found[-1].distinct < 0.2
+    with pytest.raises(TrainingStopped, match="writes one text") as caught:
+        next(run)
+    assert caught.value.name == "collapse"
+
+
+def test_a_run_that_was_stopped_stops_again_where_it_did(tmp_path):
+    """Oracle: the specification: going on changes nothing, so the same history ends it."""
+    config = dataclasses.replace(LONG, iterations=20, ptx_coefficient=0.0)
+    for _ in range(2):
+        run = going(tmp_path, config=config, reward=lambda prompts, texts: [0.5] * len(texts))
+        assert [next(run).iteration for _ in range(ppo.PATIENCE)] == [1, 2, 3, 4, 5]
+        with pytest.raises(TrainingStopped, match="equal rewards"):
+            next(run)
 
 
 def test_a_reward_that_is_nan_is_refused_with_its_example():
@@ -813,7 +826,7 @@ LONG = dataclasses.replace(
     SMALL, iterations=40, max_new_tokens=5, samples_per_prompt=2, epochs=1, learning_rate=5e-3,
     kl_target=0.3, kl_horizon=60, ptx_coefficient=0.1,
 )  # fmt: skip
-FIVE_PROMPTS = [*PROMPTS, "m n o"]
+FIVE_PROMPTS = [*PROMPTS, "h g f"]
 
 
 def going(folder, policy=None, prompts=FIVE_PROMPTS, config=LONG, reward=early, **more):
@@ -879,7 +892,7 @@ def test_another_run_is_not_gone_on_with(tmp_path):
     config = dataclasses.replace(LONG, iterations=2)
     list(going(tmp_path, config=config))
     changed = dataclasses.replace(config, clip=0.3)
-    with pytest.raises(ValueError, match="config is .*'clip': 0.2.*'clip': 0.3"):
+    with pytest.raises(ValueError, match=r"config is .*'clip': 0\.2.*'clip': 0\.3"):
         next(going(tmp_path, config=changed))
     for prompts in (FIVE_PROMPTS[::-1], FIVE_PROMPTS[:4]):
         with pytest.raises(ValueError, match="prompts is"):
@@ -991,7 +1004,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path):
     killed, straight = saved(tmp_path / "killed"), saved(tmp_path / "straight")
     assert killed[0] == straight[0] == f"step-{LONG.iterations:06d}"
     assert killed == straight
-    assert dict(killed[2])["optimizer"] and b"exp_avg" in killed[1]
+    assert b"exp_avg" in killed[1]
 
 
 if __name__ == "__main__":

@@ -321,13 +321,13 @@ def step(
     device = batch.tokens.device
     group = torch.arange(config.samples_per_prompt, device=device)
     rows = (prompts.to(device)[:, None] * config.samples_per_prompt + group).flatten()
-    total = batch.mask[rows].sum()
+    total = batch.mask[rows].sum().item()
     micro = (config.micro_batch or len(prompts)) * config.samples_per_prompt
     run.optimizer.zero_grad()
     sums: dict[str, float] = {}
     for part in rows.split(micro):
         loss, found = losses(run, batch, part, config, first)
-        share = (batch.mask[part].sum() / total).item()
+        share = batch.mask[part].sum().item() / total
         (share * loss).backward()
         for name, value in found.items():
             sums[name] = sums.get(name, 0.0) + share * value
@@ -478,6 +478,7 @@ def train(
     if folder is not None:
         _restore(run, checkpoint.load(folder, identity))
         yield from run.history
+        diagnose(run.history)
     examples = sft.encode(tokenizer, ptx) if ptx else ()
     for index in range(len(run.history), config.iterations):
         _set_learning_rate(run.optimizer, index, config)

@@ -528,12 +528,14 @@ def fit_temperature(gaps: Tensor, preference: Tensor) -> float:
     Args:
         gaps: [N], log-odds given to the first response.
         preference: [N], in [0, 1].
-    Returns: τ, to about four digits.
-    Raises: ValueError on unequal shapes, no comparisons, or if none best fits: the gaps are right
-        without exception (τ would go to 0), or no better than chance (τ would go to infinity).
+    Returns: τ, to about four digits; inf if the gaps are no better than chance, since it is best
+        then to say ½ to everything.
+    Raises: ValueError on unequal shapes, no comparisons, or gaps that are right without exception:
+        τ would go to 0.
     Source: Guo et al. 2017, section 4.2.
     """
     same_shape(gaps=gaps, preference=preference)
+    in_range(gaps.numel(), "number of gaps", 1)
     finite(gaps, "gaps")
     gaps, preference = gaps.double(), preference.double()
 
@@ -542,8 +544,8 @@ def fit_temperature(gaps: Tensor, preference: Tensor) -> float:
         return (((inverse * gaps).sigmoid() - preference) * gaps).mean().item()
 
     low, high = 1e-4, 1e4
-    if gaps.numel() == 0 or slope(low) >= 0:
-        raise ValueError("gaps are no better than chance on these labels; no temperature fits best")
+    if slope(low) >= 0:
+        return math.inf
     if slope(high) <= 0:
         raise ValueError("gaps are right without exception; no temperature fits best")
     for _ in range(60):

@@ -30,6 +30,7 @@ class Settings:
         preference_pairs: pairs that chapter 06 trains its reward model on.
         annotator_temperature: of the simulated annotators, in units of their utility.
         reward_learning_rate: for the reward model.
+        ppo_iterations, ppo_learning_rate, ppo_value_learning_rate: of chapter 07.
         reward_model: folder of the one that chapter 06 trains; "" where it has to be trained.
     """
 
@@ -46,6 +47,9 @@ class Settings:
     annotator_temperature: float
     reward_learning_rate: float
     reward_model: str
+    ppo_iterations: int
+    ppo_learning_rate: float
+    ppo_value_learning_rate: float
 
 
 def _tiny() -> Settings:
@@ -63,6 +67,9 @@ def _tiny() -> Settings:
         annotator_temperature=0.75,
         reward_learning_rate=6e-4,
         reward_model=TINY_REWARD,
+        ppo_iterations=15,
+        ppo_learning_rate=5e-4,
+        ppo_value_learning_rate=1e-3,
     )
 
 
@@ -83,6 +90,9 @@ def _gpt2() -> Settings:
         annotator_temperature=2.0,
         reward_learning_rate=2e-5,
         reward_model="",
+        ppo_iterations=60,
+        ppo_learning_rate=1e-5,
+        ppo_value_learning_rate=1e-5,
     )
 
 

@@ -1009,3 +1009,23 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path):
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+
+
+def test_an_evaluation_samples_judges_and_learns_nothing():
+    """Oracle: the exact KL of two policies on a language whose every sequence is known, and the
+    exact mean utility; the weights before and after."""
+    small = enumerable.language(4, 3)
+    words, utilities = enumerable.tokenizer(small), enumerable.utilities(small)
+    policy, reference = (enumerable.small_gpt2(4, 3, seed=seed) for seed in (1, 2))
+    before = {name: weight.clone() for name, weight in policy.state_dict().items()}
+    config = ppo.Config(samples_per_prompt=20_000, max_new_tokens=3)
+    judges = {"utility": enumerable.reward(small, utilities)}
+    found = ppo.evaluate(policy, reference, words, [""], judges, config)
+    log_p, log_q = (enumerable.model_log_probs(m, small).detach() for m in (policy, reference))
+    error = found.kl.std().item() / len(found.kl) ** 0.5
+    assert found.kl.mean().item() == pytest.approx(enumerable.kl(log_p, log_q).item(), abs=4 * error)
+    wanted = (log_p.exp() * utilities).sum().item()
+    assert found.scores["utility"].mean().item() == pytest.approx(wanted, abs=0.05)
+    assert all(torch.equal(before[name], w) for name, w in policy.state_dict().items())
+    again = ppo.evaluate(policy, reference, words, [""], judges, config)
+    assert again.texts == found.texts

@@ -547,6 +547,59 @@ def measure(run: Run, batch: Batch, config: Config) -> dict[str, float]:
     }
 
 
+class Evaluation(NamedTuple):
+    """A policy's samples on some prompts, N in all; samples of one prompt are neighbours."""
+
+    texts: list[str]
+    scores: dict[str, Tensor]  # [N] for each judge
+    kl: Tensor  # [N], log π − log π_ref summed over tokens; its mean estimates KL(π‖π_ref), nats
+
+
+@torch.no_grad()
+def evaluate(
+    policy: nn.Module,
+    reference: nn.Module,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    judges: Mapping[str, rewards.Reward],
+    config: Config,
+    seed: int = 0,
+) -> Evaluation:
+    """Sample from a policy as in training, and judge; nothing is learned.
+
+    Args:
+        policy, reference: causal language models; for a LoRA policy, another copy as reference.
+        prompts: texts, best some that were never trained on.
+        judges: reward functions by name.
+        config: samples_per_prompt, max_new_tokens and temperature are used.
+        seed: of the sampling.
+    """
+    device = next(policy.parameters()).device
+    rollout = sample(
+        policy,
+        *models.encode_prompts(tokenizer, prompts, device),
+        config.max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        temperature=config.temperature,
+        samples_per_prompt=config.samples_per_prompt,
+        generator=torch.Generator(device).manual_seed(seed),
+    )
+    mask = rollout.completion_mask
+    ref_log_probs = completion_log_probs(
+        reference,
+        rollout.tokens,
+        rollout.attention_mask,
+        mask.shape[1],
+        config.temperature,
+        samples_per_prompt=config.samples_per_prompt,
+    )
+    texts = models.decode(tokenizer, rollout.tokens[:, rollout.prompt_length :], mask)
+    repeated = [prompt for prompt in prompts for _ in range(config.samples_per_prompt)]
+    scores = {name: rewards.score(judge, repeated, texts) for name, judge in judges.items()}
+    return Evaluation(texts, scores, (rollout.log_probs - ref_log_probs).sum(1).double().cpu())
+
+
 def prompt_indices(count: int, iteration: int, config: Config) -> list[int]:
     """Which prompts iteration 0, 1, … takes: the next ones of a random order, a new order for each
     pass; it depends on the settings alone, so that a run can go on anywhere."""

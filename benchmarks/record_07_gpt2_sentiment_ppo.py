@@ -1,0 +1,201 @@
+"""Record the sweeps of chapter 07 over seeds, prices of KL and ablations: rlhf_helpers/assets/results/07_gpt2_sentiment_ppo.json."""
+
+import copy
+import json
+import math
+import os
+import platform
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from rlhf_helpers import models, rewards, settings, worlds
+from rlhf_helpers.algorithms import ppo, reward_model, sft
+from rlhf_helpers.rollout import write
+
+RESULTS = Path(__file__).resolve().parents[1] / "rlhf_helpers" / "assets" / "results"
+SEEDS = [0, 1, 2, 3, 4]
+SWEEP_SEEDS = [0, 1, 2]
+BETAS = [0.005, 0.02, 0.2, 0.5]  # and the one of the settings
+BEST_OF = [1, 2, 4, 8, 16, 32, 64, 128, 256]
+TRAIN_PROMPTS = 2000
+HELD_OUT = 64
+PTX = 1.0  # weight of the fine-tuning loss
+KL_TARGET = 3.0  # nats a sequence
+LONG = 30  # iterations without a price on KL
+CURVES = ("score", "kl", "kl_coefficient", "entropy", "clip_fraction", "approx_kl", "explained_variance", "grad_norm", "length", "distinct")  # fmt: skip
+
+
+def config_of(run, seed=0):
+    """The settings of the chapter's main run."""
+    return ppo.Config(
+        iterations=run.ppo_iterations,
+        max_new_tokens=run.max_new_tokens,
+        learning_rate=run.ppo_learning_rate,
+        value_learning_rate=run.ppo_value_learning_rate,
+        seed=seed,
+    )
+
+
+def settings_of(run):
+    """What a run depends on besides its seed; a test holds the file to it."""
+    return {
+        "config": asdict(config_of(run)),
+        "reward": {"pairs": run.preference_pairs, "learning_rate": run.reward_learning_rate},
+        "seeds": SEEDS,
+        "sweep_seeds": SWEEP_SEEDS,
+        "betas": BETAS,
+        "best_of": BEST_OF,
+        "train_prompts": TRAIN_PROMPTS,
+        "held_out": HELD_OUT,
+        "ptx": PTX,
+        "kl_target": KL_TARGET,
+        "long": LONG,
+    }
+
+
+def refreshed(policy, tokenizer, prompts, reward, config):
+    """PPO whose reference is taken anew before each iteration, which removes the anchor."""
+    run = ppo.start(policy, tokenizer, config)
+    for index in range(config.iterations):
+        run.reference = models.reference(copy.deepcopy(policy))
+        ppo._set_learning_rate(run.optimizer, index, config)
+        chosen = ppo.prompt_indices(len(prompts), index, config)
+        run.history.append(ppo.iterate(run, [prompts[i] for i in chosen], reward, config))
+        yield run.history[-1]
+
+
+def with_prompts(batch, run, config):
+    """The batch as if the prompts, all but their first token, had been written by the policy."""
+    length = batch.tokens.shape[1] - 1
+    extra = length - batch.mask.shape[1]
+    mask = torch.cat([torch.ones_like(batch.mask[:, :1]).expand(-1, extra), batch.mask], 1)
+    where = (batch.tokens, batch.attention_mask, length)
+    with torch.no_grad():
+        old = ppo.completion_log_probs(run.policy, *where, config.temperature)
+        values = run.value_model(*where)
+        with run.reference() as reference:
+            ref = ppo.completion_log_probs(reference, *where, config.temperature)
+    shaped = ppo.kl_rewards(batch.scores, old, ref, mask, run.kl_coefficient)
+    advantages, returns = ppo.advantages_of(shaped, values, mask, config)
+    logs = (old, ref, values, shaped, advantages, returns)
+    return ppo.Batch(*where[:2], mask, *logs, *batch[-3:])
+
+
+def prompts_in_the_loss(policy, tokenizer, prompts, reward, config):
+    """PPO that trains the tokens of the prompt as if they were actions."""
+    lengths = [len(ids) for ids in tokenizer(prompts)["input_ids"]]
+    usual = max(set(lengths), key=lengths.count)  # of one length, so that no padding is in the way
+    prompts = [p for p, n in zip(prompts, lengths, strict=True) if n == usual]
+    # rows of a prompt share their first token alone
+    alone = replace(
+        config, samples_per_prompt=1, prompts=config.prompts * config.samples_per_prompt
+    )
+    run = ppo.start(policy, tokenizer, config)
+    for index in range(config.iterations):
+        ppo._set_learning_rate(run.optimizer, index, config)
+        chosen = ppo.prompt_indices(len(prompts), index, config)
+        batch = ppo.collect(run, [prompts[i] for i in chosen], reward, config)
+        before = ppo.measure(run, batch, config)
+        after = ppo.update(run, with_prompts(batch, run, config), alone)
+        run.history.append(ppo.Metrics(index + 1, **before, **after, rollout_seconds=0.0, update_seconds=0.0))  # fmt: skip
+        yield run.history[-1]
+
+
+def main():
+    torch.set_num_threads(1)
+    run = settings.load()
+    model, tokenizer = models.load(run.model)
+    world = worlds.load(run.world)
+    reward = reward_model.as_reward(reward_model.of_chapter_06(run), tokenizer)
+    judges = {"reward": reward, "vader": rewards.vader, "quality": rewards.true_utility(run)}
+    prompts, held_out = world.openings("train", TRAIN_PROMPTS), world.openings("held_out", HELD_OUT)
+    start = time.perf_counter()
+
+    def judged(policy, config, seed):
+        found = ppo.evaluate(policy, model, tokenizer, held_out, judges, config, seed=1000 + seed)
+        means = {name: round(values.mean().item(), 4) for name, values in found.scores.items()}
+        return means | {
+            "kl": round(found.kl.mean().item(), 3),
+            "distinct": round(len(set(found.texts)) / len(found.texts), 3),
+            "surprise": round(sft.cross_entropy(policy, tokenizer, reviews_of(world)), 4),
+            "texts": found.texts[:: config.samples_per_prompt][:5],
+        }
+
+    def trained(name, seed, train=ppo.train, ptx=(), **change):
+        config = replace(config_of(run, seed), **change)
+        policy = copy.deepcopy(model)
+        extra = {"ptx": ptx} if ptx else {}
+        begin = time.perf_counter()
+        history = list(train(policy, tokenizer, prompts, reward, config, **extra))
+        took = time.perf_counter() - begin
+        found = judged(policy, config, seed)
+        print(
+            f"{time.perf_counter() - start:5.0f} s  {name}  seed {seed}  {took:.0f} s: {found}",
+            flush=True,
+        )
+        curves = {field: [round(getattr(one, field), 4) for one in history] for field in CURVES}
+        return {"end": found, "curves": curves, "seconds": round(took)}
+
+    results = {"start": judged(model, config_of(run), 0)}
+    results["best_of"] = best_of(model, tokenizer, held_out, judges, run)
+    print(results, flush=True)
+    results["main"] = [trained("main", seed) for seed in SEEDS]
+    results["betas"] = [
+        [trained(f"beta {beta}", seed, kl_coefficient=beta) for seed in SWEEP_SEEDS]
+        for beta in BETAS
+    ]
+    pairs = reviews_of(world, "train", 2000)
+    others = {
+        "REINFORCE with baseline": {"baseline": "group", "epochs": 1, "mini_batches": 1, "clip": math.inf},
+        "no price on KL": {"kl_coefficient": 0.0, "iterations": LONG},
+        "adaptive KL": {"kl_target": KL_TARGET, "kl_horizon": 1000},
+        "PPO-ptx": {"ptx": pairs, "ptx_coefficient": PTX},
+        "no clipping": {"clip": math.inf},
+        "no whitening": {"whiten": False},
+        "no value function": {"baseline": "none"},
+        "one epoch": {"epochs": 1},
+        "reference refreshed": {"train": refreshed},
+        "prompt tokens in the loss": {"train": prompts_in_the_loss},
+    }  # fmt: skip
+    results["others"] = {
+        name: [trained(name, seed, **change) for seed in SWEEP_SEEDS]
+        for name, change in others.items()
+    }
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__.split('+')[0]}, one thread"
+    record = {
+        "command": "make results",
+        "machine": machine,
+        "seconds": round(time.perf_counter() - start),
+        "settings": settings_of(run),
+        "results": results,
+    }
+    (RESULTS / "07_gpt2_sentiment_ppo.json").write_text(json.dumps(record) + "\n")
+
+
+def reviews_of(world, split="held_out", n=200):
+    """(opening, rest) of whole reviews: what the language model was trained on before."""
+    return [(r.opening, r.body) for r in world.sample(n, seed=7, split=split)]
+
+
+def best_of(model, tokenizer, prompts, judges, run):
+    """Mean score of the best of n samples a prompt, by the learned reward, and what others say of it."""
+    most = BEST_OF[-1]
+    texts = write(model, tokenizer, prompts, run.max_new_tokens, samples_per_prompt=most, generator=torch.Generator().manual_seed(5))  # fmt: skip
+    repeated = [p for p in prompts for _ in range(most)]
+    scores = {
+        n: rewards.score(judge, repeated, texts).view(-1, most) for n, judge in judges.items()
+    }
+    found = {}
+    for n in BEST_OF:
+        # the first n of every prompt, in groups that do not overlap
+        groups = {name: values.view(len(prompts), -1, n) for name, values in scores.items()}
+        best = groups["reward"].argmax(2, keepdim=True)
+        found[n] = {name: round(values.gather(2, best).mean().item(), 4) for name, values in groups.items()}  # fmt: skip
+    return found
+
+
+if __name__ == "__main__":
+    main()

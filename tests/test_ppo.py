@@ -1014,16 +1014,16 @@ if __name__ == "__main__":
 def test_an_evaluation_samples_judges_and_learns_nothing():
     """Oracle: the exact KL of two policies on a language whose every sequence is known, and the
     exact mean utility; the weights before and after."""
-    small = enumerable.language(4, 3)
-    words, utilities = enumerable.tokenizer(small), enumerable.utilities(small)
-    policy, reference = (enumerable.small_gpt2(4, 3, seed=seed) for seed in (1, 2))
+    small = world.language(4, 3)
+    words, utilities = world.tokenizer(small), world.utilities(small)
+    policy, reference = (world.small_gpt2(4, 3, seed=seed) for seed in (1, 2))
     before = {name: weight.clone() for name, weight in policy.state_dict().items()}
     config = ppo.Config(samples_per_prompt=20_000, max_new_tokens=3)
-    judges = {"utility": enumerable.reward(small, utilities)}
+    judges = {"utility": world.reward(small, utilities)}
     found = ppo.evaluate(policy, reference, words, [""], judges, config)
-    log_p, log_q = (enumerable.model_log_probs(m, small).detach() for m in (policy, reference))
+    log_p, log_q = (world.model_log_probs(m, small).detach() for m in (policy, reference))
     error = found.kl.std().item() / len(found.kl) ** 0.5
-    assert found.kl.mean().item() == pytest.approx(enumerable.kl(log_p, log_q).item(), abs=4 * error)
+    assert found.kl.mean().item() == pytest.approx(world.kl(log_p, log_q).item(), abs=4 * error)
     wanted = (log_p.exp() * utilities).sum().item()
     assert found.scores["utility"].mean().item() == pytest.approx(wanted, abs=0.05)
     assert all(torch.equal(before[name], w) for name, w in policy.state_dict().items())

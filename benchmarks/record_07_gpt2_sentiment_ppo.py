@@ -14,6 +14,7 @@ import torch
 from rlhf_helpers import models, rewards, settings, worlds
 from rlhf_helpers.algorithms import ppo, reward_model, sft
 from rlhf_helpers.rollout import write
+from rlhf_helpers.worlds import enumerable
 
 RESULTS = Path(__file__).resolve().parents[1] / "rlhf_helpers" / "assets" / "results"
 SEEDS = [0, 1, 2, 3, 4]
@@ -25,6 +26,7 @@ HELD_OUT = 64
 PTX = 1.0  # weight of the fine-tuning loss
 KL_TARGET = 3.0  # nats a sequence
 LONG = 30  # iterations without a price on KL
+EXACT = {"vocabulary": 6, "length": 4, "beta": 0.5, "structure": 0.8, "width": 64, "spread": 0.5, "every": 10}  # fmt: skip
 CURVES = ("score", "kl", "kl_coefficient", "entropy", "clip_fraction", "approx_kl", "explained_variance", "grad_norm", "length", "distinct")  # fmt: skip
 
 
@@ -39,11 +41,27 @@ def config_of(run, seed=0):
     )
 
 
+def exact_config(seed=0):
+    """PPO on the language whose every sequence is known; its one prompt is the empty one."""
+    return ppo.Config(
+        iterations=500,
+        prompts=4,
+        samples_per_prompt=64,
+        max_new_tokens=EXACT["length"],
+        learning_rate=3e-3,
+        value_learning_rate=3e-3,
+        lam=1.0,
+        kl_coefficient=EXACT["beta"],
+        seed=seed,
+    )
+
+
 def settings_of(run):
     """What a run depends on besides its seed; a test holds the file to it."""
     return {
         "config": asdict(config_of(run)),
         "reward": {"pairs": run.preference_pairs, "learning_rate": run.reward_learning_rate},
+        "exact": EXACT | {"config": asdict(exact_config())},
         "seeds": SEEDS,
         "sweep_seeds": SWEEP_SEEDS,
         "betas": BETAS,
@@ -142,6 +160,7 @@ def main():
     results = {"start": judged(model, config_of(run), 0)}
     results["best_of"] = best_of(model, tokenizer, held_out, judges, run)
     print(results, flush=True)
+    results |= {"prices": BETAS, "kl_target": KL_TARGET}
     results["main"] = [trained("main", seed) for seed in SEEDS]
     results["betas"] = [
         [trained(f"beta {beta}", seed, kl_coefficient=beta) for seed in SWEEP_SEEDS]
@@ -164,6 +183,7 @@ def main():
         name: [trained(name, seed, **change) for seed in SWEEP_SEEDS]
         for name, change in others.items()
     }
+    results["exact"] = [exact(seed) for seed in SWEEP_SEEDS]
     machine = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__.split('+')[0]}, one thread"
     record = {
         "command": "make results",
@@ -173,6 +193,28 @@ def main():
         "results": results,
     }
     (RESULTS / "07_gpt2_sentiment_ppo.json").write_text(json.dumps(record) + "\n")
+
+
+def exact(seed):
+    """KL(π‖π*) and the share of the gap J(π*) − J(π_ref) that is closed, every few iterations."""
+    language = enumerable.language(EXACT["vocabulary"], EXACT["length"])
+    tokenizer = enumerable.tokenizer(language)
+    utilities = enumerable.utilities(language, seed, EXACT["structure"])
+    policy = enumerable.small_gpt2(EXACT["vocabulary"], EXACT["length"], seed=seed, width=EXACT["width"], spread=EXACT["spread"])  # fmt: skip
+    reference = enumerable.model_log_probs(policy, language).detach()
+    rewards, beta = utilities.to(reference), EXACT["beta"]
+    best = enumerable.optimal_policy(reference, rewards, beta)
+    gap = [enumerable.regularised_objective(p, reference, rewards, beta) for p in (reference, best)]
+    found = {"iteration": [0], "kl": [enumerable.kl(reference, best).item()], "closed": [0.0]}
+    found["start"] = found["kl"][0]
+    for metrics in ppo.train(policy, tokenizer, [""], enumerable.reward(language, utilities), exact_config(seed)):  # fmt: skip
+        if metrics.iteration % EXACT["every"] == 0:
+            now = enumerable.model_log_probs(policy, language).detach()
+            value = enumerable.regularised_objective(now, reference, rewards, beta)
+            found["iteration"].append(metrics.iteration)
+            found["kl"].append(round(enumerable.kl(now, best).item(), 5))
+            found["closed"].append(round(((value - gap[0]) / (gap[1] - gap[0])).item(), 5))
+    return found
 
 
 def reviews_of(world, split="held_out", n=200):

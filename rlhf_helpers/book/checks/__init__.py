@@ -32,11 +32,19 @@ from rlhf_helpers.book.checks.chapter_06 import (
     check_preference_probability,
     check_score_gap,
 )
+from rlhf_helpers.book.checks.chapter_07 import (
+    check_adaptive_coefficient,
+    check_best_of_n_kl,
+    check_token_rewards,
+    check_value_targets,
+)
 
 __all__ = [
+    "check_adaptive_coefficient",
     "check_bandit_gradient",
     "check_batch_mean_factor",
     "check_batches_to_double",
+    "check_best_of_n_kl",
     "check_bradley_terry_loss",
     "check_categorical_kl",
     "check_clipped_objective",
@@ -56,4 +64,6 @@ __all__ = [
     "check_preference_probability",
     "check_score_gap",
     "check_sequence_log_prob",
+    "check_token_rewards",
+    "check_value_targets",
 ]

@@ -39,7 +39,7 @@ def check_bradley_terry_loss(answer: Function) -> None:
         lambda c, r: -logsigmoid(c - r).mean(),
         [(vector([2.0, 0.5, -1.0]), vector([1.0, 1.5, 0.0])), far],
         {
-            "the logarithm of a probability that has become 0: take logsigmoid.": lambda c, r: (
+            "infinite at a gap of −200, where exp overflows and σ becomes 0: take logsigmoid.": lambda c, r: (
                 -torch.sigmoid(c - r).log().mean()
             ),
             "this is the sum over pairs; return the mean.": lambda c, r: -logsigmoid(c - r).sum(),
@@ -52,6 +52,9 @@ def check_bradley_terry_loss(answer: Function) -> None:
             ),
             "each score stands by itself here; only their difference has a meaning.": lambda c, r: (
                 -(logsigmoid(c) + logsigmoid(-r)).mean()
+            ),
+            "the rejected score is missing; the loss is that of the difference.": lambda c, r: (
+                -logsigmoid(c).mean()
             ),
         },
     )

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rlhf_helpers.book.checks import chapter_04 as checks
+from rlhf_helpers.book import checks
 
 
 def said(capsys, check, answer):

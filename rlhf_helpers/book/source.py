@@ -21,7 +21,8 @@ def show_source(*objects: Callable | type) -> None:
             raise ValueError(
                 f"{thing!r} is not part of rlhf_helpers; show_source prints only the tested package"
             )
-        path = Path(inspect.getsourcefile(thing)).relative_to(root)
+        # a decorator from elsewhere has a file of its own
+        path = Path(inspect.getsourcefile(inspect.unwrap(thing))).relative_to(root)
         display(
             Markdown(f"`{path.as_posix()}`\n\n```python\n{inspect.getsource(thing).rstrip()}\n```")
         )

@@ -18,6 +18,13 @@ from rlhf_helpers.book.checks.chapter_03 import (
     check_fisher_product,
     check_line_search,
 )
+from rlhf_helpers.book.checks.chapter_04 import (
+    check_first_credit,
+    check_gae,
+    check_mean_entropy,
+    check_third_estimate,
+    check_two_losses,
+)
 from rlhf_helpers.book.checks.chapter_05 import (
     check_lora_size,
     check_loss_mask,
@@ -49,13 +56,16 @@ __all__ = [
     "check_categorical_kl",
     "check_clipped_objective",
     "check_effective_sample_size",
+    "check_first_credit",
     "check_fisher_product",
     "check_four_slopes",
+    "check_gae",
     "check_last_score",
     "check_leave_one_out",
     "check_line_search",
     "check_lora_size",
     "check_loss_mask",
+    "check_mean_entropy",
     "check_mended_loss",
     "check_noise_ceiling",
     "check_nucleus",
@@ -64,6 +74,8 @@ __all__ = [
     "check_preference_probability",
     "check_score_gap",
     "check_sequence_log_prob",
+    "check_third_estimate",
     "check_token_rewards",
+    "check_two_losses",
     "check_value_targets",
 ]

@@ -879,6 +879,17 @@ def test_a_run_that_is_stopped_and_started_again_goes_on_as_if_nothing_had_happe
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_run_does_not_go_on_from_another_reference(tmp_path, lora):
+    """A policy that was trained already would become the reference without a word."""
+    next(going(tmp_path, small_policy(lora)))
+    changed = small_policy(lora)
+    with torch.no_grad():
+        changed.get_input_embeddings().weight[0, 0] += 1.0
+    with pytest.raises(ValueError, match="reference"):
+        next(going(tmp_path, changed))
+
+
 def test_checkpoints_come_when_due_and_at_the_end(tmp_path):
     """Oracle: the steps that stand in the folder after each iteration."""
     config = dataclasses.replace(LONG, iterations=7)
@@ -1031,3 +1042,32 @@ def test_an_evaluation_samples_judges_and_learns_nothing():
     assert all(torch.equal(before[name], w) for name, w in policy.state_dict().items())
     again = ppo.evaluate(policy, reference, words, [""], judges, config)
     assert again.texts == found.texts
+
+
+def metrics(iteration):
+    values = dict.fromkeys(ppo.Metrics._fields, 0.5)
+    return ppo.Metrics(**values | {"iteration": iteration, "score": 1.25, "kl": 3.5})
+
+
+def test_the_bar_shows_score_and_kl_and_passes_everything_on(capsys):
+    history = [metrics(i) for i in (1, 2, 3)]
+    assert list(ppo.watch(iter(history), 3)) == history
+    bar = capsys.readouterr().err
+    assert "3/3" in bar
+    assert "score 1.25, KL 3.5 nats" in bar
+
+
+def test_curves_go_to_tensorboard_where_it_is_installed(tmp_path, monkeypatch):
+    """Oracle: a writer that keeps what it is given; without the library, the fix is named."""
+    written = []
+    writer = type("Writer", (), {"__init__": lambda self, folder: written.append(folder), "add_scalar": lambda self, *row: written.append(row), "close": lambda self: written.append("closed")})  # fmt: skip
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", type(sys)("fake"))
+    sys.modules["torch.utils.tensorboard"].SummaryWriter = writer
+    list(ppo.watch(iter([metrics(1), metrics(2)]), 2, tmp_path))
+    assert written[0] == str(tmp_path)
+    assert ("kl", 3.5, 2) in written
+    assert written[-1] == "closed"
+    assert len(written) == 2 + 2 * len(ppo.Metrics._fields)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match="pip install tensorboard"):
+        next(ppo.watch(iter([metrics(1)]), 1, tmp_path))

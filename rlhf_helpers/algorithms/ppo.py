@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from rlhf_helpers import checkpoint, models, rewards
@@ -474,7 +476,11 @@ def train(
     _check(config, prompts, columns, ptx)
     in_range(save_every, "save_every", 1)
     run = start(policy, tokenizer, config, value_model)
-    identity = {"config": asdict(config), "prompts": _digest([list(prompts), list(ptx)])}
+    identity = {
+        "config": asdict(config),
+        "prompts": _digest([list(prompts), list(ptx)]),
+        "reference": _reference_digest(policy),
+    }
     if folder is not None:
         _restore(run, checkpoint.load(folder, identity))
         yield from run.history
@@ -545,6 +551,36 @@ def measure(run: Run, batch: Batch, config: Config) -> dict[str, float]:
         "unended": 1.0 - batch.ended.double().mean().item(),
         "distinct": len(set(batch.texts)) / len(batch.texts),
     }
+
+
+def watch(
+    history: Iterator[Metrics], iterations: int, folder: str | Path | None = None
+) -> Iterator[Metrics]:
+    """The same metrics, with a progress bar in text and, if wanted, as curves for TensorBoard.
+
+    Args:
+        history: what `train` returns.
+        iterations: how many there will be.
+        folder: where TensorBoard's files go; None writes none.
+    Raises: ImportError if a folder is given and tensorboard is not installed.
+    """
+    writer = None
+    if folder is not None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError("folder needs TensorBoard: run pip install tensorboard") from error
+        writer = SummaryWriter(str(folder))
+    with tqdm(total=iterations, unit="iteration") as bar:
+        for metrics in history:
+            bar.set_postfix_str(f"score {metrics.score:.2f}, KL {metrics.kl:.1f} nats")
+            bar.update()
+            if writer is not None:
+                for name, value in metrics._asdict().items():
+                    writer.add_scalar(name, value, metrics.iteration)
+            yield metrics
+    if writer is not None:
+        writer.close()
 
 
 class Evaluation(NamedTuple):
@@ -618,6 +654,17 @@ def _set_learning_rate(optimizer: torch.optim.Optimizer, index: int, config: Con
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def _reference_digest(policy: nn.Module) -> str:
+    """Of the weights that make the reference: all of them, or those under the adapter."""
+    frozen = isinstance(policy, PeftModel)
+    found = hashlib.sha256()
+    for name, parameter in policy.named_parameters():
+        if not (frozen and parameter.requires_grad):
+            found.update(name.encode())
+            found.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:

@@ -80,7 +80,7 @@ def check_value_targets(answer: Function) -> None:
 
 
 def check_best_of_n_kl(answer: Function) -> None:
-    """Exercise 7.3: answer(n) -> KL of the best of n from the policy, without ties, nats."""
+    """Exercise 7.3: answer(n) -> the largest KL that the best of n can have from the policy, nats."""
     judge(
         answer,
         lambda n: math.log(n) - (n - 1) / n,

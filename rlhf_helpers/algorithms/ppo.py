@@ -29,6 +29,7 @@ from rlhf_helpers.advantages import discounted_returns, gae, leave_one_out_advan
 from rlhf_helpers.algorithms import sft
 from rlhf_helpers.kl import AdaptiveKLController, kl_estimate
 from rlhf_helpers.logprobs import (
+    _states,
     completion_log_probs,
     entropy,
     masked_mean,
@@ -393,10 +394,8 @@ def ptx_loss(run: Run, ptx: Sequence[sft.Example], count: int) -> Tensor:
 def completion_logits(
     model: nn.Module, tokens: Tensor, attention_mask: Tensor, completion_length: int
 ) -> Tensor:
-    """Logits [N, C, V] that predict the completion."""
-    positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
-    logits = model(tokens, attention_mask=attention_mask.long(), position_ids=positions).logits
-    return logits[:, -completion_length - 1 : -1]
+    """Logits [N, C, V] that predict the completion; those of the prompt are not made."""
+    return _states(model, tokens, attention_mask.long(), completion_length, 1)
 
 
 # --- train -----------------------------------------------------------------------------------------

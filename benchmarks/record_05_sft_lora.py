@@ -1,19 +1,15 @@
 """Record the sweeps of chapter 05 over seeds, learning rates and ranks: rlhf_helpers/assets/results/05_sft_lora.json."""
 
 import copy
-import json
-import os
-import platform
 import time
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 
 from rlhf_helpers import models, settings, worlds
 from rlhf_helpers.algorithms import sft
+from rlhf_helpers.book.notebook import record_sweep
 
-RESULTS = Path(__file__).resolve().parents[1] / "rlhf_helpers" / "assets" / "results"
 SEEDS = [0, 1, 2, 3, 4]
 SWEEP_SEEDS = [0, 1, 2]
 FULL_RATES = [1e-5, 1e-4, 1e-3, 3e-3, 1e-2]
@@ -91,16 +87,7 @@ def main():
             sizes.append(sum(p.numel() for p in trained))
         results["by_rank"][target], results["rank_parameters"][target] = ends, sizes
 
-    machine = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__.split('+')[0]}, one thread"
-    record = {
-        "command": "make results",
-        "machine": machine,
-        "seconds": round(time.perf_counter() - start),
-        "settings": settings_of(run),
-        "results": results,
-    }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "05_sft_lora.json").write_text(json.dumps(record, indent=1) + "\n")
+    record_sweep("05_sft_lora", start, settings_of(run), results)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,17 @@
 """Record the sweeps of chapter 06 over seeds, numbers of pairs and modelling choices: rlhf_helpers/assets/results/06_reward_model.json."""
 
-import json
-import os
-import platform
 import random
 import time
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import torch
 
 from rlhf_helpers import models, preferences, rewards, settings, worlds
 from rlhf_helpers.algorithms import reward_model as rm
+from rlhf_helpers.book.notebook import record_sweep
 from rlhf_helpers.losses import bradley_terry_loss
 from rlhf_helpers.rollout import write
 
-RESULTS = Path(__file__).resolve().parents[1] / "rlhf_helpers" / "assets" / "results"
 SEEDS = [0, 1, 2]
 ANNOTATORS = 5
 SIZES = [250, 500, 1000, 2000, 4000, 8000]  # the notebook itself runs one of them
@@ -184,15 +180,7 @@ def main():
         results["choices"].setdefault("rankings of four", []).append(
             note("rankings of four", bench.measure(*ranked))
         )
-    machine = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__.split('+')[0]}, one thread"
-    record = {
-        "command": "make results",
-        "machine": machine,
-        "seconds": round(time.perf_counter() - start),
-        "settings": settings_of(run),
-        "results": results,
-    }
-    (RESULTS / "06_reward_model.json").write_text(json.dumps(record, indent=1) + "\n")
+    record_sweep("06_reward_model", start, settings_of(run), results)
 
 
 if __name__ == "__main__":

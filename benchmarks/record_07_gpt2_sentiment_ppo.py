@@ -1,22 +1,18 @@
 """Record the sweeps of chapter 07 over seeds, prices of KL and ablations: rlhf_helpers/assets/results/07_gpt2_sentiment_ppo.json."""
 
 import copy
-import json
 import math
-import os
-import platform
 import time
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import torch
 
 from rlhf_helpers import models, rewards, settings, worlds
 from rlhf_helpers.algorithms import ppo, reward_model, sft
+from rlhf_helpers.book.notebook import record_sweep
 from rlhf_helpers.rollout import write
 from rlhf_helpers.worlds import enumerable
 
-RESULTS = Path(__file__).resolve().parents[1] / "rlhf_helpers" / "assets" / "results"
 SEEDS = [0, 1, 2, 3, 4]
 SWEEP_SEEDS = [0, 1, 2]
 BETAS = [0.005, 0.02, 0.2, 0.5]  # and the one of the settings
@@ -184,15 +180,7 @@ def main():
         for name, change in others.items()
     }
     results["exact"] = [exact(seed) for seed in SWEEP_SEEDS]
-    machine = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__.split('+')[0]}, one thread"
-    record = {
-        "command": "make results",
-        "machine": machine,
-        "seconds": round(time.perf_counter() - start),
-        "settings": settings_of(run),
-        "results": results,
-    }
-    (RESULTS / "07_gpt2_sentiment_ppo.json").write_text(json.dumps(record) + "\n")
+    record_sweep("07_gpt2_sentiment_ppo", start, settings_of(run), results)
 
 
 def exact(seed):

@@ -3,12 +3,13 @@
 import importlib
 import json
 import math
+import time
 
 import pytest
 from nbrun import ROOT
 
 from rlhf_helpers import settings
-from rlhf_helpers.book import recorded_sweep
+from rlhf_helpers.book import notebook, recorded_sweep
 
 FOLDER = ROOT / "rlhf_helpers" / "assets" / "results"
 FILES = sorted(FOLDER.glob("*.json"))
@@ -48,3 +49,15 @@ def test_sweeps_are_for_the_scale_they_were_recorded_at(monkeypatch):
     monkeypatch.setenv("RLHF_SCALE", "gpt2")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert recorded_sweep("05_sft_lora", settings.load()) is None
+
+
+def test_a_recorded_sweep_says_what_made_it(tmp_path, monkeypatch):
+    """Oracle: the file, read as JSON; floats come back to the bit."""
+    monkeypatch.setattr(notebook, "__file__", str(tmp_path / "book" / "notebook.py"))
+    (tmp_path / "assets").mkdir()
+    notebook.record_sweep("00_some", time.perf_counter() - 5.2, {"seeds": [0]}, {"x": [0.1, 1e-17]})
+    record = json.loads((tmp_path / "assets" / "results" / "00_some.json").read_text())
+    assert record["results"] == {"x": [0.1, 1e-17]}
+    assert (record["settings"], record["command"]) == ({"seeds": [0]}, "make results")
+    assert record["seconds"] == 5
+    assert record["machine"].endswith("one thread")

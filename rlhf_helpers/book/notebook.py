@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import sys
+import time
 import warnings
 from importlib import resources
+from pathlib import Path
 
 import torch
 from IPython import get_ipython
@@ -69,6 +72,28 @@ def recorded_sweep(chapter: str, run: settings.Settings) -> dict | None:
         return None
     path = resources.files("rlhf_helpers").joinpath(f"assets/results/{chapter}.json")
     return json.loads(path.read_text(encoding="utf-8"))["results"]
+
+
+def record_sweep(chapter: str, started: float, asked: dict, results: dict) -> None:
+    """Store what `recorded_sweep` reads.
+
+    Args:
+        chapter: the notebook's name without ending.
+        started: `time.perf_counter()` at the beginning.
+        asked: what the sweep depends on besides its seeds; a test holds it to the code.
+        results: numbers, texts, lists and dictionaries.
+    """
+    torch_version = torch.__version__.split("+")[0]
+    record = {
+        "command": "make results",
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch_version}, one thread",
+        "seconds": round(time.perf_counter() - started),
+        "settings": asked,
+        "results": results,
+    }
+    path = Path(__file__).parents[1] / "assets" / "results" / f"{chapter}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def say(sentence: str) -> None:

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rlhf_helpers._validate import as_mask, finite, in_range, same_shape
+from rlhf_helpers._validate import as_mask, finite, in_range, one_of, same_shape
 from rlhf_helpers.kl import kl_estimate
 from rlhf_helpers.logprobs import masked_mean
+
+DPO_VARIANTS = ("sigmoid", "ipo", "hinge")
 
 
 class PolicyLoss(NamedTuple):
@@ -21,6 +23,14 @@ class PolicyLoss(NamedTuple):
     loss: Tensor
     clip_fraction: Tensor
     approx_kl: Tensor
+
+
+class PreferenceLoss(NamedTuple):
+    """A loss on pairs and the implicit rewards of the two sides, [N] each (without a gradient)."""
+
+    loss: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
 
 
 def policy_gradient_loss(
@@ -267,6 +277,105 @@ def rao_kupper_loss(
         # log(e^2ζ − 1), which overflows where ζ is large
         log_probs = log_probs + ties * (2.0 * threshold + (-torch.expm1(-2.0 * threshold)).log())
     return -log_probs.mean()
+
+
+def dpo_loss(
+    chosen_log_probs: Tensor,
+    rejected_log_probs: Tensor,
+    ref_chosen_log_probs: Tensor,
+    ref_rejected_log_probs: Tensor,
+    beta: float = 0.1,
+    variant: str = "sigmoid",
+    label_smoothing: float | Tensor = 0.0,
+) -> PreferenceLoss:
+    """The loss of direct preference optimisation: the policy's log-ratio to the reference, times β,
+    takes the place of a reward model's score.
+
+    Equation: eq:dpo-loss, eq:ipo-loss
+
+    "sigmoid" is the Bradley-Terry loss of those implicit rewards. "ipo" is the squared distance of
+    the difference of log-ratios from 1/(2β), of whole sequences, as in the paper (TRL 1.16 divides
+    by the lengths first). "hinge" is max(0, 1 − the difference of the implicit rewards).
+
+    Args:
+        chosen_log_probs, rejected_log_probs: log π(y|x), summed over the tokens of the response,
+            [N], nats.
+        ref_chosen_log_probs, ref_rejected_log_probs: the same under π_ref, [N]; constants.
+        beta: β > 0. In "sigmoid" and "hinge" the price of a nat; in "ipo" τ of the paper.
+        variant: "sigmoid", "ipo" or "hinge".
+        label_smoothing: share of the labels that are taken to be wrong, in [0, 1], one number or
+            one a pair, [N]; "sigmoid" only. Up to ½ it makes the loss conservative; one a pair, it
+            is 1 − P(chosen preferred), where several people were asked.
+    Returns: PreferenceLoss; the loss is a scalar, the mean over pairs.
+    Raises: ValueError on unequal shapes, no pairs, a log-probability that is not finite, beta ≤ 0,
+        an unknown variant, a label smoothing outside [0, 1] or with another variant than "sigmoid".
+    Source: Rafailov et al. 2023, "Direct Preference Optimization", equation 7; "ipo": Azar et al.
+        2023, "A General Theoretical Paradigm to Understand Learning from Human Preferences",
+        equation 17; "hinge": Zhao et al. 2023, "SLiC-HF"; label smoothing: Mitchell 2023, "A note
+        on DPO with noisy preferences".
+    """
+    reference = {
+        "ref_chosen_log_probs": ref_chosen_log_probs.detach(),
+        "ref_rejected_log_probs": ref_rejected_log_probs.detach(),
+    }
+    _check_pairs(chosen_log_probs, rejected_log_probs, **reference)
+    in_range(beta, "beta", 0.0, open_low=True)
+    one_of(variant, DPO_VARIANTS, "variant")
+    smoothing = _label(label_smoothing, "label_smoothing", chosen_log_probs)
+    if variant != "sigmoid" and smoothing.any():
+        raise ValueError(f'label_smoothing works with variant="sigmoid" only, not {variant!r}')
+    chosen = beta * (chosen_log_probs - reference["ref_chosen_log_probs"])
+    rejected = beta * (rejected_log_probs - reference["ref_rejected_log_probs"])
+    difference = chosen - rejected
+    if variant == "sigmoid":
+        in_range(smoothing.min().item(), "label_smoothing", 0.0, 1.0)
+        in_range(smoothing.max().item(), "label_smoothing", 0.0, 1.0)
+        loss = bradley_terry_loss(chosen, rejected, preference=1.0 - smoothing)
+    elif variant == "ipo":
+        loss = (difference / beta - 0.5 / beta).square().mean()
+    else:
+        loss = (1.0 - difference).relu().mean()
+    return PreferenceLoss(loss, chosen.detach(), rejected.detach())
+
+
+def simpo_loss(
+    chosen_log_probs: Tensor,
+    rejected_log_probs: Tensor,
+    chosen_lengths: Tensor,
+    rejected_lengths: Tensor,
+    beta: float = 2.0,
+    gamma: float = 0.5,
+) -> Tensor:
+    """Preference loss without a reference: the score of a response is β times its mean
+    log-probability a token, and the chosen one should be ahead by γ.
+
+    Equation: eq:simpo-loss
+
+    Args:
+        chosen_log_probs, rejected_log_probs: log π(y|x), summed over the tokens, [N], nats.
+        chosen_lengths, rejected_lengths: how many tokens those are, [N], ≥ 1.
+        beta: β > 0.
+        gamma: γ, the margin, in units of the score (not of β, as in some code).
+    Returns: a scalar, nats a pair.
+    Raises: ValueError on unequal shapes, no pairs, a log-probability that is not finite, a length
+        below 1, beta ≤ 0.
+    Source: Meng et al. 2024, "SimPO: Simple Preference Optimization with a Reference-Free Reward",
+        equation 6.
+    """
+    lengths = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
+    _check_pairs(chosen_log_probs, rejected_log_probs, **lengths)
+    in_range(beta, "beta", 0.0, open_low=True)
+    for name, values in lengths.items():
+        in_range(values.min().item(), name, 1)
+    chosen = beta * chosen_log_probs / chosen_lengths
+    rejected = beta * rejected_log_probs / rejected_lengths
+    return bradley_terry_loss(chosen, rejected, margin=gamma)
+
+
+def _check_pairs(chosen_log_probs: Tensor, rejected_log_probs: Tensor, **others: Tensor) -> None:
+    log_probs = {"chosen_log_probs": chosen_log_probs, "rejected_log_probs": rejected_log_probs}
+    same_shape(**log_probs, **others)
+    _check_scores(**log_probs, **others)
 
 
 def _check_scores(**scores: Tensor) -> None:

@@ -8,6 +8,7 @@ token too.
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -261,6 +262,18 @@ def reference(policy: nn.Module) -> Callable[[], AbstractContextManager[nn.Modul
             "reference(copy.deepcopy(policy).merge_and_unload())"
         )
     return lambda: _adapter_off(policy)
+
+
+def weights_digest(policy: nn.Module) -> str:
+    """16 letters that tell one reference from another: of all weights of a plain model, of those
+    under the adapter for a policy from `lora_policy`."""
+    frozen = isinstance(policy, PeftModel)
+    found = hashlib.sha256()
+    for name, parameter in policy.named_parameters():
+        if not (frozen and parameter.requires_grad):
+            found.update(name.encode())
+            found.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
 
 
 def _adapter_is_no_op(policy: PeftModel) -> bool:

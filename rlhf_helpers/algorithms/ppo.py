@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -478,7 +477,7 @@ def train(
     identity = {
         "config": asdict(config),
         "prompts": _digest([list(prompts), list(ptx)]),
-        "reference": _reference_digest(policy),
+        "reference": models.weights_digest(policy),
     }
     if folder is not None:
         _restore(run, checkpoint.load(folder, identity))
@@ -653,17 +652,6 @@ def _set_learning_rate(optimizer: torch.optim.Optimizer, index: int, config: Con
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
-
-
-def _reference_digest(policy: nn.Module) -> str:
-    """Of the weights that make the reference: all of them, or those under the adapter."""
-    frozen = isinstance(policy, PeftModel)
-    found = hashlib.sha256()
-    for name, parameter in policy.named_parameters():
-        if not (frozen and parameter.requires_grad):
-            found.update(name.encode())
-            found.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return found.hexdigest()[:16]
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:

@@ -557,13 +557,13 @@ def fit_temperature(gaps: Tensor, preference: Tensor) -> float:
 # --- the reward model of chapter 06 ----------------------------------------------------------------
 
 
-def fit(run: Settings, seed: int = 0) -> PreTrainedModel:
-    """A reward model made as in chapter 06: pairs from the language model, answers of five
-    simulated annotators, one pass.
+def pairs_of_chapter_06(run: Settings, seed: int = 0) -> list[Comparison]:
+    """Two responses of the language model to each opening, and how many of five simulated
+    annotators prefer the first: what chapters 06 and 08 train on.
 
     Args:
-        run: model, world, number of pairs, annotators' temperature and learning rate.
-        seed: of the pairs, the answers and the order of training.
+        run: model, world, number of pairs and annotators' temperature.
+        seed: of the openings, the responses and the answers.
     """
     policy, tokenizer = models.load(run.model, device=run.device)
     prompts = worlds.load(run.world).openings("train", run.preference_pairs, seed)
@@ -571,9 +571,19 @@ def fit(run: Settings, seed: int = 0) -> PreTrainedModel:
     pairs = preferences.sample_pairs(policy, tokenizer, prompts, run.max_new_tokens, luck)
     people = preferences.crowd(run.annotator_temperature)
     said = preferences.annotate(*pairs, rewards.true_utility(run), people, seed).preferences
-    model, _ = load(policy, tokenizer, run.device)
+    return labelled(*pairs, said.mean(1))
+
+
+def fit(run: Settings, seed: int = 0) -> PreTrainedModel:
+    """A reward model made as in chapter 06, on its pairs in one pass.
+
+    Args:
+        run: as in `pairs_of_chapter_06`, and the learning rate.
+        seed: of the pairs and the order of training.
+    """
+    model, tokenizer = load(*models.load(run.model, device=run.device), run.device)
     config = Config(learning_rate=run.reward_learning_rate, seed=seed)
-    for _ in train(model, tokenizer, labelled(*pairs, said.mean(1)), config):
+    for _ in train(model, tokenizer, pairs_of_chapter_06(run, seed), config):
         pass
     return model
 

@@ -19,8 +19,11 @@ BETAS = [0.005, 0.02, 0.2, 0.5]  # and the one of the settings
 BEST_OF = [1, 2, 4, 8, 16, 32, 64, 128, 256]
 TRAIN_PROMPTS = 2000
 HELD_OUT = 64
-PTX = 1.0  # weight of the fine-tuning loss
+PTX = [1.0, 0.1]  # weights of the fine-tuning loss
+PTX_PRICE = 0.04  # of KL, where the lower weight drifts about as far as the main run
 KL_TARGET = 3.0  # nats a sequence
+QUICK_HORIZON = 100  # samples
+FAR_PRICES = [0.5, 0.005]  # where the adaptive price starts
 LONG = 30  # iterations without a price on KL
 EXACT = {"vocabulary": 6, "length": 4, "beta": 0.5, "structure": 0.8, "width": 64, "spread": 0.5, "every": 10}  # fmt: skip
 CURVES = ("score", "kl", "kl_coefficient", "entropy", "clip_fraction", "approx_kl", "explained_variance", "grad_norm", "length", "distinct")  # fmt: skip
@@ -65,7 +68,10 @@ def settings_of(run):
         "train_prompts": TRAIN_PROMPTS,
         "held_out": HELD_OUT,
         "ptx": PTX,
+        "ptx_price": PTX_PRICE,
         "kl_target": KL_TARGET,
+        "quick_horizon": QUICK_HORIZON,
+        "far_prices": FAR_PRICES,
         "long": LONG,
     }
 
@@ -118,69 +124,86 @@ def prompts_in_the_loss(policy, tokenizer, prompts, reward, config):
         yield run.history[-1]
 
 
-def main():
-    torch.set_num_threads(1)
-    run = settings.load()
-    model, tokenizer = models.load(run.model)
-    world = worlds.load(run.world)
-    reward = reward_model.as_reward(reward_model.of_chapter_06(run), tokenizer)
-    judges = {"reward": reward, "vader": rewards.vader, "quality": rewards.true_utility(run)}
-    prompts, held_out = world.openings("train", TRAIN_PROMPTS), world.openings("held_out", HELD_OUT)
-    start = time.perf_counter()
+class Bench:
+    """What all runs share: the model, the prompts, the reward and the judges."""
 
-    def judged(policy, config, seed):
-        found = ppo.evaluate(policy, model, tokenizer, held_out, judges, config, seed=1000 + seed)
+    def __init__(self):
+        self.run = settings.load()
+        self.model, self.tokenizer = models.load(self.run.model)
+        self.world = worlds.load(self.run.world)
+        judge = reward_model.of_chapter_06(self.run)
+        self.reward = reward_model.as_reward(judge, self.tokenizer)
+        quality = rewards.true_utility(self.run)
+        self.judges = {"reward": self.reward, "vader": rewards.vader, "quality": quality}
+        self.prompts = self.world.openings("train", TRAIN_PROMPTS)
+        self.held_out = self.world.openings("held_out", HELD_OUT)
+        self.start = time.perf_counter()
+
+    def judged(self, policy, config, seed):
+        """What the judges say of a policy on the held-out prompts."""
+        found = ppo.evaluate(policy, self.model, self.tokenizer, self.held_out, self.judges, config, seed=1000 + seed)  # fmt: skip
         means = {name: round(values.mean().item(), 4) for name, values in found.scores.items()}
+        surprise = sft.cross_entropy(policy, self.tokenizer, reviews_of(self.world))
         return means | {
             "kl": round(found.kl.mean().item(), 3),
             "distinct": round(len(set(found.texts)) / len(found.texts), 3),
-            "surprise": round(sft.cross_entropy(policy, tokenizer, reviews_of(world)), 4),
+            "surprise": round(surprise, 4),
             "texts": found.texts[:: config.samples_per_prompt][:5],
         }
 
-    def trained(name, seed, train=ppo.train, ptx=(), **change):
-        config = replace(config_of(run, seed), **change)
-        policy = copy.deepcopy(model)
+    def trained(self, name, seed, train=ppo.train, ptx=(), **change):
+        """One run: how it ends, its curves and its time."""
+        config = replace(config_of(self.run, seed), **change)
+        policy = copy.deepcopy(self.model)
         extra = {"ptx": ptx} if ptx else {}
         begin = time.perf_counter()
-        history = list(train(policy, tokenizer, prompts, reward, config, **extra))
+        history = list(train(policy, self.tokenizer, self.prompts, self.reward, config, **extra))
         took = time.perf_counter() - begin
-        found = judged(policy, config, seed)
-        print(
-            f"{time.perf_counter() - start:5.0f} s  {name}  seed {seed}  {took:.0f} s: {found}",
-            flush=True,
-        )
+        found = self.judged(policy, config, seed)
+        now = time.perf_counter() - self.start
+        print(f"{now:5.0f} s  {name}  seed {seed}  {took:.0f} s: {found}", flush=True)
         curves = {field: [round(getattr(one, field), 4) for one in history] for field in CURVES}
         return {"end": found, "curves": curves, "seconds": round(took)}
 
-    results = {"start": judged(model, config_of(run), 0)}
-    results["best_of"] = best_of(model, tokenizer, held_out, judges, run)
+    def others(self):
+        """Runs that differ from the main one, by name: the settings that differ."""
+        pairs = reviews_of(self.world, "train", 2000)
+        quick = {"kl_target": KL_TARGET, "kl_horizon": QUICK_HORIZON}
+        return {
+            "REINFORCE with baseline": {"baseline": "group", "epochs": 1, "mini_batches": 1, "clip": math.inf},
+            "no price on KL": {"kl_coefficient": 0.0, "iterations": LONG},
+            "adaptive KL": {"kl_target": KL_TARGET, "kl_horizon": 1000},
+            "adaptive KL, from ten times the price": quick | {"kl_coefficient": FAR_PRICES[0]},
+            "adaptive KL, from a tenth of the price": quick | {"kl_coefficient": FAR_PRICES[1]},
+            "PPO-ptx": {"ptx": pairs, "ptx_coefficient": PTX[0]},
+            "PPO-ptx, a tenth of the weight": {"ptx": pairs, "ptx_coefficient": PTX[1], "kl_coefficient": PTX_PRICE},
+            "no clipping": {"clip": math.inf},
+            "no whitening": {"whiten": False},
+            "no value function": {"baseline": "none"},
+            "one epoch": {"epochs": 1},
+            "reference refreshed": {"train": refreshed},
+            "prompt tokens in the loss": {"train": prompts_in_the_loss},
+        }  # fmt: skip
+
+
+def main():
+    torch.set_num_threads(1)
+    bench = Bench()
+    results = {"start": bench.judged(bench.model, config_of(bench.run), 0)}
+    results["best_of"] = best_of(bench.model, bench.tokenizer, bench.held_out, bench.judges, bench.run)  # fmt: skip
     print(results, flush=True)
     results |= {"prices": BETAS, "kl_target": KL_TARGET}
-    results["main"] = [trained("main", seed) for seed in SEEDS]
+    results["main"] = [bench.trained("main", seed) for seed in SEEDS]
     results["betas"] = [
-        [trained(f"beta {beta}", seed, kl_coefficient=beta) for seed in SWEEP_SEEDS]
+        [bench.trained(f"beta {beta}", seed, kl_coefficient=beta) for seed in SWEEP_SEEDS]
         for beta in BETAS
     ]
-    pairs = reviews_of(world, "train", 2000)
-    others = {
-        "REINFORCE with baseline": {"baseline": "group", "epochs": 1, "mini_batches": 1, "clip": math.inf},
-        "no price on KL": {"kl_coefficient": 0.0, "iterations": LONG},
-        "adaptive KL": {"kl_target": KL_TARGET, "kl_horizon": 1000},
-        "PPO-ptx": {"ptx": pairs, "ptx_coefficient": PTX},
-        "no clipping": {"clip": math.inf},
-        "no whitening": {"whiten": False},
-        "no value function": {"baseline": "none"},
-        "one epoch": {"epochs": 1},
-        "reference refreshed": {"train": refreshed},
-        "prompt tokens in the loss": {"train": prompts_in_the_loss},
-    }  # fmt: skip
     results["others"] = {
-        name: [trained(name, seed, **change) for seed in SWEEP_SEEDS]
-        for name, change in others.items()
+        name: [bench.trained(name, seed, **change) for seed in SWEEP_SEEDS]
+        for name, change in bench.others().items()
     }
     results["exact"] = [exact(seed) for seed in SWEEP_SEEDS]
-    record_sweep("07_gpt2_sentiment_ppo", start, settings_of(run), results)
+    record_sweep("07_gpt2_sentiment_ppo", bench.start, settings_of(bench.run), results)
 
 
 def exact(seed):

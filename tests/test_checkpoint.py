@@ -25,6 +25,7 @@ from pathlib import Path
 import pytest
 import safetensors
 import torch
+from killing import die, ending, in_child, tear_a_write
 from torch import nn
 
 from rlhf_helpers import checkpoint
@@ -762,45 +763,6 @@ def train(folder, on_step=lambda step: None):
             save(folder, step, state, MLP)
         on_step(step)
     return {name: bits(w) for name, w in model.state_dict().items()}, [x.hex() for x in losses]
-
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def in_child(work):
-    """Start `work` in a copy of this process."""
-    sys.stdout.flush()
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        except BaseException as error:
-            print(repr(error), file=sys.stderr, flush=True)
-            os._exit(1)
-        os._exit(0)
-    return child
-
-
-def ending(child):
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def tear_a_write(n, share):
-    """At the n-th sync or the next of a file, when its bytes are not certain to be on the disk yet,
-    cut it and die."""
-    fsync = os.fsync
-    count = 0
-
-    def cut_and_die(descriptor):
-        nonlocal count
-        count += 1
-        if count < n or os.path.isdir(f"/proc/self/fd/{descriptor}"):
-            return fsync(descriptor)
-        os.ftruncate(descriptor, int(share * os.fstat(descriptor).st_size))
-        return die()
-
-    os.fsync = cut_and_die
 
 
 def die_at_a_rename(n, before):

@@ -1,5 +1,6 @@
 """The checks of chapter 06: stub, right answer, and each typical mistake."""
 
+import itertools
 import math
 
 import pytest
@@ -36,6 +37,15 @@ def loss(chosen, rejected, gap=lambda c, r: c - r):
     return sum(map(surprise, gaps)) / len(gaps)
 
 
+def majority_ceiling(p, best=lambda q: max(q, 1 - q), enough=(2, 3)):
+    """The eight ways in which three annotators can answer, one by one."""
+    found = []
+    for one in p.tolist():
+        ways = [w for w in itertools.product((0, 1), repeat=3) if sum(w) in enough]
+        found.append(best(sum(math.prod(one if x else 1 - one for x in way) for way in ways)))
+    return sum(found) / len(found)
+
+
 @pytest.mark.parametrize(
     ("check", "stub"),
     [
@@ -57,8 +67,8 @@ def test_stub_is_not_attempted(capsys, check, stub):
         (checks.check_preference_probability, each(lambda a, b: math.exp(a) / (math.exp(a) + math.exp(b)))),
         (checks.check_bradley_terry_loss, loss),
         (checks.check_last_score, last_score),
-        (checks.check_noise_ceiling, lambda p: 0.5 + (p - 0.5).abs().mean()),
-        (checks.check_score_gap, math.log(19)),
+        (checks.check_noise_ceiling, majority_ceiling),
+        (checks.check_score_gap, math.log(4) + math.log(9)),
     ],
 )  # fmt: skip
 def test_right_answer(capsys, check, answer):
@@ -88,15 +98,19 @@ def test_right_answer(capsys, check, answer):
         (checks.check_last_score, lambda s, m: torch.stack([row[c.bool()].mean() for row, c in zip(s, m, strict=True)]), "the mean over the tokens"),
         (checks.check_last_score, lambda s, m: torch.stack([row[c.bool()].max() for row, c in zip(s, m, strict=True)]), "the largest score"),
         (checks.check_last_score, lambda s, m: last_score(s, m, min), "the first real token"),
-        (checks.check_noise_ceiling, lambda p: p.sum() / len(p), "the mean of p"),
-        (checks.check_noise_ceiling, lambda p: sum(x > 0.5 for x in p.tolist()) / len(p), "the first is the better one"),
-        (checks.check_noise_ceiling, lambda p: (1 - 2 * p * (1 - p)).mean(), "two annotators agree"),
-        (checks.check_noise_ceiling, lambda p: 0.5 + (p - 0.5).abs().max(), "the best pair"),
-        (checks.check_score_gap, 0.95, "the probability itself"),
-        (checks.check_score_gap, 19, "the odds"),
-        (checks.check_score_gap, math.log(0.95), "divide by the other"),
-        (checks.check_score_gap, math.log10(19), "base 10"),
-        (checks.check_score_gap, 0.9, "difference of the two probabilities"),
+        (checks.check_noise_ceiling, lambda p: 0.5 + (p - 0.5).abs().mean(), "for one annotator"),
+        (checks.check_noise_ceiling, lambda p: majority_ceiling(p, best=lambda q: q), "predict the other"),
+        (checks.check_noise_ceiling, lambda p: sum(max(x**3, (1 - x) ** 3) for x in p.tolist()) / len(p), "two are enough"),
+        (checks.check_noise_ceiling, lambda p: sum(max(x**2, 1 - x**2) for x in p.tolist()) / len(p), "three ways"),
+        (checks.check_noise_ceiling, lambda p: majority_ceiling(p, enough=(2,)), "all three agree"),
+        (checks.check_noise_ceiling, lambda p: max(majority_ceiling(x[None]) for x in p), "the best pair"),
+        (checks.check_score_gap, 1 / (1 + 1 / 36), "its logit"),
+        (checks.check_score_gap, 36, "the odds"),
+        (checks.check_score_gap, math.log(0.72 / 0.28), "are multiplied"),
+        (checks.check_score_gap, math.log(9) - math.log(4), "add them"),
+        (checks.check_score_gap, math.log10(36), "base 10"),
+        (checks.check_score_gap, math.log(4), "first and second alone"),
+        (checks.check_score_gap, math.log(9), "second and third alone"),
     ],
 )  # fmt: skip
 def test_typical_mistake_is_named(capsys, check, answer, message):

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import EOS, FIVE, build, scored_alone
+from killing import ending, in_child, tear_a_write
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
@@ -917,42 +918,6 @@ def test_another_run_is_not_gone_on_with(tmp_path):
 # What follows up to the test runs in another process, which copies itself
 
 
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def die_inside_a_write(n, share):
-    """At the n-th sync, cut the file, as if some of its bytes had not reached the disk, and die."""
-    fsync = os.fsync
-    count = 0
-
-    def cut_and_die(descriptor):
-        nonlocal count
-        count += 1
-        if count < n or os.path.isdir(f"/proc/self/fd/{descriptor}"):
-            return fsync(descriptor)
-        os.ftruncate(descriptor, int(share * os.fstat(descriptor).st_size))
-        return die()
-
-    os.fsync = cut_and_die
-
-
-def victim(folder, writer, torn, n, share):
-    """A copy of this process that trains until it is killed; it tells of every iteration."""
-    sys.stdout.flush()
-    child = os.fork()
-    if child:
-        return child
-    try:
-        if torn:
-            die_inside_a_write(n, share)
-        for metrics in going(folder):
-            os.write(writer, bytes([metrics.iteration]))
-    except BaseException as error:
-        print(repr(error), file=sys.stderr, flush=True)
-    os._exit(1)
-
-
 def kill_again_and_again(folder):
     """Kill the run sixteen times: every third in the middle of a write, the others at a random
     moment of the iteration.
@@ -967,7 +932,15 @@ def kill_again_and_again(folder):
     for i in range(16):
         torn, share = i % 3 == 2, draw.random()
         reader, writer = os.pipe()
-        child = victim(folder, writer, torn, draw.randrange(2, 8), share)
+        n = draw.randrange(2, 8)
+
+        def work(torn=torn, n=n, share=share, writer=writer):
+            if torn:
+                tear_a_write(n, share)
+            for metrics in going(folder):
+                os.write(writer, bytes([metrics.iteration]))
+
+        child = in_child(work)
         os.close(writer)
         last, done = 0, reached[-1] if reached else 0
         # first come the iterations of those before it
@@ -976,7 +949,7 @@ def kill_again_and_again(folder):
         if not torn:
             time.sleep(iteration * share)
             os.kill(child, signal.SIGKILL)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        assert ending(child) == -signal.SIGKILL
         rest = os.read(reader, 10_000)
         os.close(reader)
         reached.append(max([last, *rest]))

@@ -94,36 +94,54 @@ def check_last_score(answer: Function) -> None:
 
 
 def check_noise_ceiling(answer: Function) -> None:
-    """Exercise 6.4: answer(p [N]) -> the best accuracy that a predictor can have."""
+    """Exercise 6.4: answer(p [N]) -> the best accuracy at predicting the majority of three."""
+
+    def majority(p: Tensor) -> Tensor:
+        return p.square() * (3 - 2 * p)
+
+    def best(p: Tensor) -> Tensor:
+        return torch.maximum(p, 1 - p)
+
     judge(
         answer,
-        lambda p: torch.maximum(p, 1 - p).mean(),
+        lambda p: best(majority(p)).mean(),
         [(vector([0.9, 0.2, 0.5]),), (vector([0.1, 0.35, 0.6, 0.99]),)],
         {
-            "this is the mean of p: how often the first is preferred.": lambda p: p.mean(),
-            "this counts the pairs where the first is the better one.": lambda p: (
-                (p > 0.5).double().mean()
+            "this is the ceiling for one annotator; the label is what two of three say.": lambda p: (
+                best(p).mean()
             ),
-            "this is how often two annotators agree; a predictor need not toss a coin.": lambda p: (
-                p.square() + (1 - p).square()
+            "this is how often the majority prefers the first; where that is below ½, predict the other.": lambda p: (
+                majority(p).mean()
+            ),
+            "this asks for all three to say the same; two are enough.": lambda p: torch.maximum(
+                p**3, (1 - p) ** 3
             ).mean(),
-            "this is the best pair; the mean over pairs is asked for.": lambda p: torch.maximum(
-                p, 1 - p
+            "there are three ways in which two of three prefer the first.": lambda p: best(
+                p**3 + p**2 * (1 - p)
+            ).mean(),
+            "this leaves out the case where all three agree.": lambda p: best(
+                3 * p**2 * (1 - p)
+            ).mean(),
+            "this is the best pair; the mean over pairs is asked for.": lambda p: best(
+                majority(p)
             ).max(),
         },
     )
 
 
 def check_score_gap(answer: float | None) -> None:
-    """Exercise 6.5: the gap of scores at which the first is preferred 95 times in 100."""
+    """Exercise 6.5: the gap between first and third, from P(1st over 2nd) = 0.8 and P(2nd over 3rd) = 0.9."""
     judge_number(
         answer,
-        2.944,
+        3.584,
         {
-            "that is the probability itself; the gap is its logit.": 0.95,
-            "those are the odds; the gap is their logarithm.": 19.0,
-            "that is the logarithm of the probability; divide by the other one first.": -0.0513,
-            "that is the logarithm to base 10; scores are in natural units.": 1.279,
-            "that is the difference of the two probabilities, not of the scores.": 0.9,
+            "that is the probability that the first is preferred to the third; the gap is its logit.": 36
+            / 37,
+            "those are the odds; the gap is their logarithm.": 36.0,
+            "the probabilities are multiplied here; it is the gaps that add up.": 0.944,
+            "both gaps point the same way; add them.": 0.811,
+            "that is the logarithm to base 10; scores are in natural units.": 1.556,
+            "that is the gap between first and second alone.": 1.386,
+            "that is the gap between second and third alone.": 2.197,
         },
     )

@@ -15,6 +15,8 @@ from rlhf_helpers.kl import kl_estimate
 from rlhf_helpers.logprobs import masked_mean
 
 DPO_VARIANTS = ("sigmoid", "ipo", "hinge")
+GRPO_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
+IMPORTANCE = ("token", "sequence")
 
 
 class PolicyLoss(NamedTuple):
@@ -122,6 +124,93 @@ def ppo_clip_loss(
         # KL(π_old‖π) from actions that π_old sampled
         approx_kl = masked_mean(kl_estimate(torch.zeros_like(log_ratio), log_ratio, "k3"), mask)
     return PolicyLoss(loss, clip_fraction, approx_kl)
+
+
+def grpo_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip: float = 0.2,
+    clip_high: float | None = None,
+    ref_log_probs: Tensor | None = None,
+    beta: float = 0.0,
+    loss_type: str = "grpo",
+    importance: str = "token",
+    max_completion_length: int | None = None,
+    bias_correct_kl: bool = False,
+) -> PolicyLoss:
+    """The clipped loss of PPO, with an advantage for each sequence, a choice of how tokens are
+    weighed, and the KL to a reference in the loss.
+
+    Equation: eq:grpo-loss
+
+    A weight on a token is a factor of its advantage, so this is `ppo_clip_loss` with other
+    advantages. "grpo" takes the mean over the tokens of each sequence, then over sequences: a token
+    of a long sequence counts less. "bnpo" and "dapo" take the mean over all tokens of the batch
+    (they differ where a batch is split over micro-batches or processes). "dr_grpo" divides the sum
+    by N times a constant length.
+
+    Args:
+        log_probs: log π(a) under the policy being trained, [N, T], nats.
+        old_log_probs: log π_old(a) under the policy that sampled, [N, T]; a constant.
+        advantages: [N], or [N, T]; constants.
+        mask: [N, T]; 1 or True counts.
+        clip, clip_high: as in `ppo_clip_loss`.
+        ref_log_probs: log π_ref(a), [N, T]; needed if beta > 0; a constant.
+        beta: β ≥ 0 of the KL term, the estimate k3 of each token.
+        loss_type: "grpo", "bnpo", "dr_grpo" or "dapo".
+        importance: "token" for the ratio of each token, "sequence" for that of the whole sequence
+            to the power of one over its length.
+        max_completion_length: the constant length of "dr_grpo"; None means T.
+        bias_correct_kl: multiply k3 by the ratio, which makes its gradient that of KL(π‖π_ref).
+    Returns: PolicyLoss as `ppo_clip_loss`; the loss contains the KL term.
+    Raises: ValueError on unequal shapes, an empty mask, a counted advantage that is not finite,
+        settings out of range, an unknown loss_type or importance, beta > 0 without ref_log_probs.
+    Source: Shao et al. 2024, "DeepSeekMath", equation 3; "dr_grpo": Liu et al. 2025, "Understanding
+        R1-Zero-Like Training", section 3; "dapo": Yu et al. 2025, "DAPO", section 3; "sequence":
+        Zheng et al. 2025, "Group Sequence Policy Optimization", equation 7; bias correction:
+        DeepSeek-AI 2025, "DeepSeek-V3.2", equation 7. Normalised as in TRL 1.16.
+    """
+    one_of(loss_type, GRPO_TYPES, "loss_type")
+    one_of(importance, IMPORTANCE, "importance")
+    in_range(beta, "beta", 0.0)
+    same_shape(log_probs=log_probs, old_log_probs=old_log_probs, ref_log_probs=ref_log_probs)
+    mask = as_mask(mask, log_probs)
+    advantages = _by_token(advantages, log_probs)
+    lengths = mask.sum(1, keepdim=True).clamp(min=1)
+    log_ratio = (log_probs - old_log_probs.detach()).masked_fill(~mask, 0.0)
+    if importance == "sequence":
+        log_ratio = (log_ratio.sum(1, keepdim=True) / lengths).expand_as(mask)
+    weights = torch.ones_like(log_ratio)
+    if loss_type == "grpo":
+        weights = weights * mask.sum() / (len(mask) * lengths)
+    elif loss_type == "dr_grpo":
+        constant = mask.shape[1] if max_completion_length is None else max_completion_length
+        in_range(constant, "max_completion_length", 1)
+        weights = weights * mask.sum() / (len(mask) * constant)
+    zero = torch.zeros_like(log_ratio)
+    found = ppo_clip_loss(log_ratio, zero, weights * advantages, mask, clip, clip_high)
+    if beta == 0.0:
+        return found
+    if ref_log_probs is None:
+        raise ValueError("beta is above 0, so ref_log_probs is needed; pass it, or beta=0.0")
+    kl = kl_estimate(*(x.masked_fill(~mask, 0.0) for x in (log_probs, ref_log_probs.detach())))
+    if bias_correct_kl:
+        kl = kl * log_ratio.exp()
+    return found._replace(loss=found.loss + beta * masked_mean(weights * kl, mask))
+
+
+def _by_token(advantages: Tensor, like: Tensor) -> Tensor:
+    """Advantages [N] or [N, T] as [N, T]."""
+    if advantages.shape == like.shape[:1]:
+        return advantages[:, None].expand_as(like)
+    if advantages.shape != like.shape:
+        raise ValueError(
+            f"advantages has shape {tuple(advantages.shape)}; pass {tuple(like.shape[:1])} or "
+            f"{tuple(like.shape)}"
+        )
+    return advantages
 
 
 def value_loss(

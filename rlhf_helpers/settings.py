@@ -31,6 +31,7 @@ class Settings:
         annotator_temperature: of the simulated annotators, in units of their utility.
         reward_learning_rate: for the reward model.
         ppo_iterations, ppo_learning_rate, ppo_value_learning_rate: of chapter 07.
+        dpo_learning_rate, dpo_beta: of chapter 08.
         reward_model: folder of the one that chapter 06 trains; "" where it has to be trained.
     """
 
@@ -50,6 +51,8 @@ class Settings:
     ppo_iterations: int
     ppo_learning_rate: float
     ppo_value_learning_rate: float
+    dpo_learning_rate: float
+    dpo_beta: float
 
 
 def _tiny() -> Settings:
@@ -70,6 +73,8 @@ def _tiny() -> Settings:
         ppo_iterations=15,
         ppo_learning_rate=5e-4,
         ppo_value_learning_rate=1e-3,
+        dpo_learning_rate=5e-4,
+        dpo_beta=0.1,
     )
 
 
@@ -93,6 +98,8 @@ def _gpt2() -> Settings:
         ppo_iterations=60,
         ppo_learning_rate=1e-5,
         ppo_value_learning_rate=1e-5,
+        dpo_learning_rate=1e-5,
+        dpo_beta=0.1,
     )
 
 

@@ -149,7 +149,8 @@ def cpo(loss_type, beta, log_probs, label_smoothing=0.0, gamma=0.0):
     return CPOTrainer.cpo_loss(stub, *log_probs)[0].mean()
 
 
-@pytest.mark.equation("eq:dpo-loss", "eq:ipo-loss")
+@pytest.mark.equation("eq:dpo-loss")
+@pytest.mark.equation("eq:ipo-loss")
 @pytest.mark.parametrize(
     ("variant", "smoothing"), [("sigmoid", 0.0), ("sigmoid", 0.2), ("ipo", 0.0), ("hinge", 0.0)]
 )
@@ -620,6 +621,15 @@ def test_dpo_is_the_maximum_likelihood_fit(seed):
     assert losses[0] == pytest.approx(math.log(2), abs=1e-9)
     assert enumerable.kl(log_probs(), fitted).item() < 1e-3
     assert enumerable.kl(reference, best).item() > 0.3
+
+
+def test_the_side_that_most_prefer_is_the_chosen_one(tokenizer):
+    """Oracle: by hand."""
+    data = [DATA[0]._replace(preference=p) for p in (0.2, 0.5, 0.8)]
+    found = dpo.encode(tokenizer, data)
+    assert [one.preference for one in found] == pytest.approx([0.8, 0.5, 0.8])
+    assert [len(one.chosen) for one in found] == [2, 4, 4]  # "f" and "c d e", with their ends
+    assert all(one.prompt == [1, 2] and one.chosen[-1] == EOS for one in found)
 
 
 # --- bad input -------------------------------------------------------------------------------------

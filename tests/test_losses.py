@@ -11,7 +11,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from rlhf_helpers.losses import policy_gradient_loss, ppo_clip_loss, value_loss
+from rlhf_helpers.losses import (
+    GRPO_TYPES,
+    IMPORTANCE,
+    grpo_loss,
+    policy_gradient_loss,
+    ppo_clip_loss,
+    value_loss,
+)
 
 modest = settings(max_examples=40, deadline=None, derandomize=True)
 GARBAGE = [float("nan"), float("inf"), -float("inf"), 1e30]
@@ -168,7 +175,21 @@ def test_ppo_loss_equals_a_loop_and_its_finite_differences(clip, clip_high, dual
     )
 
 
-def trl_loss(log_probs, old, advantages, mask, clip, clip_high, delta):
+def trl_loss(
+    log_probs,
+    old,
+    advantages,
+    mask,
+    clip,
+    clip_high,
+    delta,
+    ref=None,
+    beta=0.0,
+    loss_type="bnpo",
+    importance="token",
+    longest=None,
+    bias_correct=False,
+):
     """TRL's GRPO loss driven with plain tensors; "bnpo" is the mean over the batch's tokens, as in PPO."""
     from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -183,25 +204,27 @@ def trl_loss(log_probs, old, advantages, mask, clip, clip_high, delta):
     )
     trainer.aux_loss_enabled = trainer.use_vllm = trainer._entropy_bonus_enabled = False
     trainer.vllm_importance_sampling_correction = False
-    trainer.top_entropy_quantile, trainer.off_policy_mask_threshold, trainer.beta = 1.0, None, 0.0
-    trainer.importance_sampling_level, trainer.loss_type = "token", "bnpo"
+    trainer.top_entropy_quantile, trainer.off_policy_mask_threshold, trainer.beta = 1.0, None, beta
+    trainer.importance_sampling_level, trainer.loss_type = importance, loss_type
+    trainer.max_completion_length = longest
     trainer.epsilon_low, trainer.epsilon_high = clip, clip if clip_high is None else clip_high
     trainer.args = SimpleNamespace(
-        delta=delta, use_bias_correction_kl=False, steps_per_generation=1
+        delta=delta, use_bias_correction_kl=bias_correct, steps_per_generation=1
     )
     trainer.model, trainer.current_gradient_accumulation_steps = SimpleNamespace(training=True), 1
     trainer.accelerator = SimpleNamespace(
         num_processes=1, gather=same, gather_for_metrics=same, reduce=same
     )
-    names = ["entropy", "low_mean", "high_mean", "region_mean", "low_min", "high_max"]
+    names = ["kl", "entropy", "low_mean", "high_mean", "region_mean", "low_min", "high_max"]
     trainer._metrics = {
-        "train": {name if name == "entropy" else f"clip_ratio/{name}": [] for name in names}
+        "train": {name if name in ("kl", "entropy") else f"clip_ratio/{name}": [] for name in names}
     }
     ids = torch.zeros(log_probs.shape, dtype=torch.int64)
     batch = {"prompt_ids": ids, "prompt_mask": ids, "completion_ids": ids, "completion_mask": mask}
     batch |= {
         "advantages": advantages,
         "old_per_token_logps": old,
+        "ref_per_token_logps": ref,
         "num_items_in_batch": mask.sum(),
     }
     loss = GRPOTrainer._compute_loss(trainer, None, batch)
@@ -572,3 +595,93 @@ def test_inputs_are_left_as_they_were(name):
     call(name, tensors, mask)
     assert torch.equal(before, tensors)
     assert torch.equal(mask, MASK)
+
+
+# grpo_loss
+
+
+@pytest.mark.equation("eq:grpo-loss")
+@pytest.mark.parametrize("loss_type", GRPO_TYPES)
+@pytest.mark.parametrize("importance", IMPORTANCE)
+@pytest.mark.parametrize(("beta", "bias_correct"), [(0.0, False), (0.3, False), (0.3, True)])
+def test_grpo_loss_equals_trl(loss_type, importance, beta, bias_correct):
+    """Oracle: TRL's GRPOTrainer._compute_loss, value and gradient, with sequences of unequal length."""
+    log_probs, old, both = ppo_batch()
+    advantages, ref = both[:, 0], old + 0.3 * random_tensors(1, 7)[0]
+    expected, slope = value_and_gradient(
+        lambda x: trl_loss(x, old, advantages, MASK, 0.2, 0.28, None, ref, beta, loss_type, importance, 9, bias_correct)[0],
+        log_probs,
+    )  # fmt: skip
+    value, gradient = value_and_gradient(
+        lambda x: grpo_loss(x, old, advantages, MASK, 0.2, 0.28, ref, beta, loss_type, importance, 9, bias_correct).loss,
+        log_probs,
+    )  # fmt: skip
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(gradient, slope, rtol=1e-12, atol=1e-15)
+    assert (gradient[~MASK.bool()] == 0).all()
+
+
+@pytest.mark.equation("eq:grpo-loss")
+def test_a_token_of_a_long_sequence_weighs_less_in_grpo_alone():
+    """Oracle: by hand: two sequences of 1 and 4 tokens at ratio 1 with A = 1; the gradient of a token is −1/(2·1) and
+    −1/(2·4) in grpo, −1/5 in dapo and bnpo, −1/(2·4) in dr_grpo with T = 4, −1/(2·10) with 10."""
+    log_probs = torch.zeros(2, 4, dtype=torch.float64)
+    mask, ones = torch.tensor([[1, 0, 0, 0], [1, 1, 1, 1]]), torch.ones(2)
+    wanted = {"grpo": (0.5, 0.125), "bnpo": (0.2, 0.2), "dapo": (0.2, 0.2), "dr_grpo": (0.125, 0.125)}  # fmt: skip
+    for loss_type, (short, long) in wanted.items():
+        _, gradient = value_and_gradient(
+            lambda x, kind=loss_type: grpo_loss(x, log_probs, ones, mask, loss_type=kind).loss, log_probs
+        )  # fmt: skip
+        assert gradient[0, 0].item() == pytest.approx(-short)
+        assert gradient[1].tolist() == pytest.approx([-long] * 4)
+    _, gradient = value_and_gradient(
+        lambda x: grpo_loss(x, log_probs, ones, mask, loss_type="dr_grpo", max_completion_length=10).loss, log_probs
+    )  # fmt: skip
+    assert gradient[1].tolist() == pytest.approx([-0.05] * 4)
+
+
+@pytest.mark.equation("eq:grpo-loss")
+def test_advantages_by_sequence_or_by_token_are_the_same():
+    """Oracle: the same number repeated along the row."""
+    log_probs, old, both = ppo_batch()
+    wide = both[:, :1].expand_as(both)
+    for loss_type in GRPO_TYPES:
+        found = grpo_loss(log_probs, old, both[:, 0], MASK, loss_type=loss_type)
+        assert torch.equal(
+            torch.stack(found), torch.stack(grpo_loss(log_probs, old, wide, MASK, loss_type=loss_type))
+        )  # fmt: skip
+
+
+def test_garbage_behind_the_mask_changes_nothing():
+    """Oracle: the loss and gradient of the clean batch."""
+    log_probs, old, both = ppo_batch()
+    ref = old + 0.1
+    clean = value_and_gradient(lambda x: grpo_loss(x, old, both[:, 0], MASK, ref_log_probs=ref, beta=0.1).loss, log_probs)  # fmt: skip
+    for garbage in GARBAGE:
+        dirty = [x.masked_fill(~MASK.bool(), garbage) for x in (log_probs, old, ref)]
+        value, gradient = value_and_gradient(
+            lambda x, d=dirty: grpo_loss(x, d[1], both[:, 0], MASK, ref_log_probs=d[2], beta=0.1).loss, dirty[0]
+        )  # fmt: skip
+        assert value.item() == clean[0].item()
+        assert torch.equal(gradient, clean[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"loss_type": "ppo"}, "use one of 'grpo'"),
+        ({"importance": "word"}, "use one of 'token'"),
+        ({"beta": -0.1}, "beta=-0.1"),
+        ({"beta": 0.1}, "ref_log_probs is needed"),
+        ({"clip": 0.0}, "clip=0.0"),
+        ({"advantages": torch.zeros(2)}, "advantages has shape"),
+        ({"mask": torch.zeros(3, 4)}, "mask is empty"),
+        ({"ref_log_probs": torch.zeros(3, 5)}, "shapes differ"),
+        ({"loss_type": "dr_grpo", "max_completion_length": 0}, "max_completion_length=0"),
+        ({"advantages": torch.full((3,), math.nan)}, "must be finite"),
+    ],
+)
+def test_bad_input_of_grpo_is_named(change, message):
+    given = {"advantages": torch.zeros(3), "mask": MASK} | change
+    with pytest.raises(ValueError, match=message):
+        grpo_loss(torch.zeros(3, 4), torch.zeros(3, 4), **given)

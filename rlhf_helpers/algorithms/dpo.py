@@ -94,7 +94,7 @@ class Example(NamedTuple):
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
-    preference: float = 1.0  # P(chosen is preferred)
+    preference: float = 1.0  # P(chosen is preferred), from ½ on
 
 
 class Batch(NamedTuple):
@@ -138,7 +138,8 @@ class Metrics(NamedTuple):
 
 
 def encode(tokenizer: Tokenizer, data: Sequence[Comparison]) -> list[Example]:
-    """Tokens of comparisons of two; each response is closed with the end-of-text token.
+    """Tokens of comparisons of two; each response is closed with the end-of-text token. The one that
+    is preferred by more than half becomes the chosen one.
 
     Args:
         tokenizer: with an end-of-text token.
@@ -155,8 +156,12 @@ def encode(tokenizer: Tokenizer, data: Sequence[Comparison]) -> list[Example]:
             raise ValueError(f"data[{index}] has a margin or a weight, which DPO does not use")
     texts = [(one.prompt, response) for one in data for response in one.responses]
     found = sft.encode(tokenizer, texts)
-    rows = zip(data, found[::2], found[1::2], strict=True)
-    return [Example(a.prompt, a.response, b.response, one.preference) for one, a, b in rows]
+    examples = []
+    for one, first, second in zip(data, found[::2], found[1::2], strict=True):
+        sides = (first, second) if one.preference >= 0.5 else (second, first)
+        share = max(one.preference, 1.0 - one.preference)
+        examples.append(Example(first.prompt, sides[0].response, sides[1].response, share))
+    return examples
 
 
 def collate(examples: Sequence[Example], reference: Tensor, pad_token_id: int) -> Batch:

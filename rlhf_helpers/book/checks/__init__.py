@@ -45,6 +45,12 @@ from rlhf_helpers.book.checks.chapter_07 import (
     check_token_rewards,
     check_value_targets,
 )
+from rlhf_helpers.book.checks.chapter_08 import (
+    check_best_policy,
+    check_hidden_reward,
+    check_implicit_reward,
+    check_pair_weight,
+)
 
 __all__ = [
     "check_adaptive_coefficient",
@@ -52,6 +58,7 @@ __all__ = [
     "check_batch_mean_factor",
     "check_batches_to_double",
     "check_best_of_n_kl",
+    "check_best_policy",
     "check_bradley_terry_loss",
     "check_categorical_kl",
     "check_clipped_objective",
@@ -60,6 +67,8 @@ __all__ = [
     "check_fisher_product",
     "check_four_slopes",
     "check_gae",
+    "check_hidden_reward",
+    "check_implicit_reward",
     "check_last_score",
     "check_leave_one_out",
     "check_line_search",
@@ -69,6 +78,7 @@ __all__ = [
     "check_mended_loss",
     "check_noise_ceiling",
     "check_nucleus",
+    "check_pair_weight",
     "check_perplexity",
     "check_policy_gradient_loss",
     "check_preference_probability",

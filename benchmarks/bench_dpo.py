@@ -1,0 +1,207 @@
+"""A step of DPO against TRL's DPOTrainer: seconds, memory, and the losses on the same pairs.
+
+Same model, pairs, order, loss, AdamW and learning rates; float32, no dropout, no gradient
+checkpointing; each side in a process of its own, one thread. Seconds are those of one step in the
+real training loop, the fastest of a few after a first one that does not count. The reference's
+log-probabilities are computed before the first step (column "reference", seconds a pair), except by
+TRL's default, which keeps the reference in memory and runs it in every step. Memory: the peak above
+what the process holds with the model loaded and everything imported; a reference model counts.
+"""
+
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import bench_ppo
+import torch
+from bench_book import machine
+from bench_ppo import MEMORY, prepare, resident, settled
+from transformers import GPT2Config
+
+SIDES = (
+    "this package",
+    "this package, in micro-batches",
+    "TRL, reference in memory",
+    "TRL, precomputed",
+    "TRL, precomputed, in micro-batches",
+)
+BASE = SIDES[2]
+GOAL = "1.5x speed, 0.6x memory, same loss"
+LEARNING_RATE = 1e-4  # the loss leaves log 2 at once
+
+
+class Work(NamedTuple):
+    """B pairs a step: prompts of P tokens, responses of C with their end; all steps of one epoch."""
+
+    title: str
+    config: GPT2Config
+    batch: int
+    micro_batch: int
+    width: int
+    new: int
+    steps: int  # that are run, the first one included
+    pairs: int
+
+
+WORKS = {
+    "tiny": Work(bench_ppo.WORKS["tiny"].title, bench_ppo.WORKS["tiny"].config, 32, 8, 24, 24, 6, 256),
+    "124M": Work(bench_ppo.WORKS["124M"].title, bench_ppo.WORKS["124M"].config, 8, 2, 96, 32, 3, 64),
+}  # fmt: skip
+
+
+def load(work):
+    """The model, its tokenizer, and pairs of texts: (prompt, chosen, rejected)."""
+    model, tokenizer, prompts = prepare(work)
+    drawn = torch.randint(1, work.config.vocab_size, (work.pairs, 2, work.new - 1)).tolist()
+    texts = [["".join(f" w{i}" for i in side) for side in pair] for pair in drawn]
+    return model, tokenizer, [(prompts[i % len(prompts)], *pair) for i, pair in enumerate(texts)]
+
+
+def ours(work, micro_batch):
+    """Seconds of each step, their losses, seconds of the reference."""
+    from rlhf_helpers.algorithms import dpo
+    from rlhf_helpers.algorithms.reward_model import Comparison
+
+    model, tokenizer, pairs = load(work)
+    data = dpo.encode(tokenizer, [Comparison(one[0], one[1:]) for one in pairs])
+    config = dpo.Config(
+        learning_rate=LEARNING_RATE,
+        warm_up=0.0,
+        batch_size=work.batch,
+        micro_batch=micro_batch,
+    )
+    cache = Path(tempfile.mkdtemp()) / "reference.safetensors"
+    settled()
+    begin = time.perf_counter()
+    dpo.cached_log_probs(cache, model, data, tokenizer.pad_token_id)
+    marks, losses = [time.perf_counter()], []
+    reference = marks[0] - begin
+    for metrics in dpo.train(model, tokenizer, data, config, cache=cache):
+        marks.append(time.perf_counter())
+        losses.append(metrics.loss)
+        if len(losses) == work.steps:
+            break
+    return marks, losses, reference
+
+
+def trl(work, micro_batch, precompute):
+    """The same of TRL."""
+    from datasets import Dataset, disable_progress_bars
+    from transformers import TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    disable_progress_bars()
+    marks, losses, seconds = [], [], [0.0]
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
+            marks.append(time.perf_counter())
+
+        def on_step_end(self, args, state, control, **kwargs):
+            marks.append(time.perf_counter())
+            control.should_training_stop = len(marks) > work.steps
+
+    class Trainer(DPOTrainer):
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            losses.append(loss.item())
+            return loss
+
+        def compute_ref_log_probs(self, *args, **kwargs):
+            begin = time.perf_counter()
+            found = super().compute_ref_log_probs(*args, **kwargs)
+            seconds[0] += time.perf_counter() - begin
+            return found
+
+    def trainer(model, pairs):
+        columns = zip(*pairs, strict=True)
+        rows = Dataset.from_dict(dict(zip(("prompt", "chosen", "rejected"), columns, strict=True)))
+        arguments = DPOConfig(
+            tempfile.mkdtemp(),
+            per_device_train_batch_size=micro_batch or work.batch,
+            gradient_accumulation_steps=work.batch // (micro_batch or work.batch),
+            precompute_ref_log_probs=precompute,
+            num_train_epochs=1,
+            learning_rate=LEARNING_RATE,
+            train_sampling_strategy="sequential",
+            gradient_checkpointing=False,
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+        )
+        frozen = None if precompute else copy.deepcopy(model)
+        return Trainer(model, frozen, arguments, train_dataset=rows, processing_class=tokenizer, callbacks=[Clock()])  # fmt: skip
+
+    model, tokenizer, pairs = load(work)
+    # the order in which this package takes them
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
+    # whatever is imported at the first use is not the memory of a step
+    small = copy.copy(work.config)
+    small.n_layer, small.n_embd, small.n_head = 1, 4, 1
+    trainer(type(model)(small).eval(), pairs[: work.batch]).train()
+    for one in (marks, losses):
+        one.clear()
+    seconds[0] = 0.0
+    settled()
+    trainer(model, [pairs[i] for i in order]).train()
+    parts = work.batch // (micro_batch or work.batch)
+    whole = torch.tensor(losses).view(-1, parts).mean(1).tolist()
+    return marks, whole, seconds[0]
+
+
+def child(name, side):
+    torch.set_num_threads(1)
+    work = WORKS[name]
+    run = {
+        SIDES[0]: lambda: ours(work, None),
+        SIDES[1]: lambda: ours(work, work.micro_batch),
+        SIDES[2]: lambda: trl(work, None, precompute=False),
+        SIDES[3]: lambda: trl(work, None, precompute=True),
+        SIDES[4]: lambda: trl(work, work.micro_batch, precompute=True),
+    }[side]
+    marks, losses, reference = run()
+    step = min(torch.tensor(marks, dtype=torch.float64).diff()[1:]).item()
+    memory = resident("VmHWM") - MEMORY["before"]
+    print(json.dumps([step, memory, reference / work.pairs, losses]))
+
+
+def table(name):
+    work, found = WORKS[name], {}
+    quiet = os.environ | {"TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
+    print(f"\n{work.title}: {work.batch} pairs a step (micro-batches of {work.micro_batch}), {work.width} prompt and {work.new} response tokens (goal: {GOAL})", flush=True)  # fmt: skip
+    for side in SIDES:
+        command = [sys.executable, __file__, name, side]
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=quiet).stdout  # fmt: skip
+        found[side] = json.loads(output.splitlines()[-1])
+    base = found[BASE]
+    print(f"{'':<36}{'reference':>12}{'step':>9}{'pairs/s':>9}{'speed':>8}{'memory':>12}")
+    for side, (step, memory, reference, _) in found.items():
+        before = f"{reference:10.3f} s" if reference else f"{'':>12}"
+        print(f"{side:<36}{before}{step:7.2f} s{work.batch / step:9.1f}{base[0] / step:7.2f}x{memory:8.0f} MiB {memory / base[1]:.2f}x", flush=True)  # fmt: skip
+    print(f"loss of the first {work.steps} batches (log 2 = {math.log(2):.7f}), largest difference to {BASE!r}")  # fmt: skip
+    for side, (*_, losses) in found.items():
+        apart = max(abs(a - b) for a, b in zip(losses, base[3], strict=True))
+        print(f"{side:<36}{'  '.join(f'{loss:.7f}' for loss in losses)}   {apart:.1e}", flush=True)
+
+
+def main():
+    if len(sys.argv) > 2:
+        child(*sys.argv[1:])
+        return
+    print(machine())
+    for name in WORKS:
+        table(name)
+
+
+if __name__ == "__main__":
+    main()

@@ -201,7 +201,7 @@ class Case:
 def exact(seed, tell):
     """All runs on one language."""
     case = Case(seed)
-    found = {"start": enumerable.kl(case.reference, case.best).item(), "pairs": [], "support": []}
+    found = {"start": case.describe(case.reference)["kl"], "pairs": [], "support": []}
     for count in PAIRS:
         pairs = case.pairs(count)
         one = {"dpo": case.describe(case.dpo(*pairs)), "fit": case.describe(case.likeliest(*pairs))}
@@ -300,46 +300,51 @@ def reviews(run, tell):
         found = ppo.evaluate(policy, model, tokenizer, held_out, judges, config, seed=1000 + seed)
         means = {name: round(values.mean().item(), 4) for name, values in found.scores.items()}
         words = [len(text.split()) for text in found.texts]
-        return means | {"kl": round(found.kl.mean().item(), 3), "words": sum(words) / len(words)}
+        kl = round(found.kl.mean().item(), 3)
+        return means | {"kl": kl, "words": round(sum(words) / len(words), 2)}
 
-    def finished(name, seed, policy, history):
+    def train(policy, examples, config):
+        for _ in dpo.train(policy, tokenizer, examples, config):
+            pass
+
+    def finished(name, seed, policy):
         end = judged(policy, seed)
         tell(f"{name} seed {seed}", end)
-        fields = ("loss", "margin", "accuracy", "chosen_log_prob", "rejected_log_prob", "kl")
-        curves = {f: [getattr(m, f) for m in history] for f in fields}
-        return {"end": end, "curves": {f: [None if x is None else round(x, 4) for x in xs] for f, xs in curves.items()}}  # fmt: skip
+        return {"end": end}
 
     def offline(name, seed, data=None, **change):
         examples = dpo.encode(tokenizer, pairs(seed) if data is None else data)
         policy = copy.deepcopy(model)
-        history = list(dpo.train(policy, tokenizer, examples, replace(config_of(run, seed), **change)))  # fmt: skip
-        return finished(name, seed, policy, history)
+        train(policy, examples, replace(config_of(run, seed), **change))
+        return finished(name, seed, policy)
 
     def online(seed):
         policy = copy.deepcopy(model)
         config = replace(config_of(run, seed), samples_per_prompt=4)
-        history = list(dpo.online(policy, tokenizer, prompts, reward, config))
-        return finished("online", seed, policy, history)
+        for _ in dpo.online(policy, tokenizer, prompts, reward, config):
+            pass
+        return finished("online", seed, policy)
 
     def rejection_sampled(seed):
         config = replace(config_of(run, seed), beta=0.5, samples_per_prompt=16)
-        luck = worlds.load(run.world).openings("train", 500, seed)
-        examples = dpo.rejection_sampled(model, tokenizer, luck, reward, config)
+        some = world.openings("train", 500, seed)
+        examples = dpo.rejection_sampled(model, tokenizer, some, reward, config)
         policy = copy.deepcopy(model)
-        history = list(dpo.train(policy, tokenizer, examples, config_of(run, seed)))
-        return finished(f"rejection-sampled, {len(examples)} pairs,", seed, policy, history)
+        train(policy, examples, config_of(run, seed))
+        return finished(f"rejection-sampled, {len(examples)} pairs,", seed, policy)
 
     def noisy(smoothing, seed):
         data, wrong = turned(sure(pairs(seed)), seed)
         examples = dpo.encode(tokenizer, data)
         policy = copy.deepcopy(model)
         config = replace(config_of(run, seed), epochs=3, label_smoothing=smoothing)
-        history = list(dpo.train(policy, tokenizer, examples, config))
+        train(policy, examples, config)
         pad = tokenizer.pad_token_id
         now, before = (dpo.reference_log_probs(m, examples, pad) for m in (policy, model))
         margin = config.beta * ((now - before)[:, 0] - (now - before)[:, 1])
         learned = (margin[wrong] > 0).float().mean().item()
-        return finished(f"smoothing {smoothing}", seed, policy, history) | {"wrong_learned": learned, "margin_std": margin.std().item()}  # fmt: skip
+        found = {"wrong_learned": round(learned, 4), "margin_std": round(margin.std().item(), 4)}
+        return finished(f"smoothing {smoothing}", seed, policy) | found
 
     found = {"start": judged(model, 0), "betas": BETAS}
     found["main"] = [offline("main", seed) for seed in SEEDS]

@@ -8,7 +8,7 @@ UI_INSTALLED := $(UI)/.installed
 CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book html test test-ui lab refresh tables tiny reward results bench repo clean
+.PHONY: help setup book html test test-ui lab refresh tables tiny reward arithmetic results bench repo clean
 
 # Builds $(1)/_build/html from the notebooks' stored outputs; pages of an earlier build never survive.
 # Warnings and errors come on the other channel; what is silenced is a banner.
@@ -66,6 +66,9 @@ tiny: setup ## train the tiny GPT-2 again (about ten minutes)
 
 reward: setup ## train the shipped reward model again (half a minute)
 	$(BIN)/python tools/make_reward.py
+
+arithmetic: setup ## train the shipped model that adds again (about nine minutes)
+	$(BIN)/python tools/make_arithmetic.py
 
 results: setup ## record the long sweeps that notebooks draw
 	@for script in $(wildcard benchmarks/record_*.py); do \

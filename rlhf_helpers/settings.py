@@ -12,6 +12,9 @@ TINY = str(Path(__file__).parent / "assets" / "tiny-gpt2")
 # The reward model that chapter 06 trains on it.
 TINY_REWARD = str(Path(__file__).parent / "assets" / "tiny-reward")
 
+# The model that adds, carelessly, for chapter 09.
+TINY_ARITHMETIC = str(Path(__file__).parent / "assets" / "tiny-arithmetic")
+
 
 @dataclass(frozen=True)
 class Settings:

@@ -1,0 +1,531 @@
+"""Group relative policy optimisation, from top to bottom: problems, groups, advantages, update, train.
+
+`policy` is trained. `old` is the policy as it was when the batch was sampled; only its
+log-probabilities are kept. `reference`, needed if the KL has a price, is the policy as it was
+before the first update. There is no value function: what a sample is measured against are the other
+samples of its prompt.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from rlhf_helpers import checkpoint, models, rewards
+from rlhf_helpers._validate import in_range, one_of
+from rlhf_helpers.advantages import (
+    ADVANTAGE_SCALES,
+    group_relative_advantages,
+    leave_one_out_advantages,
+)
+from rlhf_helpers.algorithms import ppo, sft
+from rlhf_helpers.logprobs import completion_log_probs
+from rlhf_helpers.losses import GRPO_TYPES, IMPORTANCE, grpo_loss
+from rlhf_helpers.rollout import sample, write
+from rlhf_helpers.worlds import arithmetic
+
+SCALES = (*ADVANTAGE_SCALES, "leave-one-out")
+CONSTANT_GROUPS = ("keep", "drop", "resample")
+_COUNTS = ("iterations", "prompts", "samples_per_prompt", "max_new_tokens", "epochs", "mini_batches", "rounds")  # fmt: skip
+_POSITIVE = ("temperature", "learning_rate", "max_grad_norm", "clip")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of a run.
+
+    Args:
+        iterations: batches to collect and learn from.
+        prompts: prompts an iteration.
+        samples_per_prompt: completions of each, the group; ≥ 2.
+        max_new_tokens: the longest completion.
+        temperature: of sampling, and of every log-probability.
+        epochs: passes over a batch.
+        mini_batches: updates a pass; divides `prompts`.
+        learning_rate: of AdamW, at its highest.
+        warm_up: share of the iterations in which the learning rate rises; it then falls to 0.
+        max_grad_norm: a longer gradient is shortened to this.
+        scale: what the centred rewards are divided by: "group", "batch" or "none"; or
+            "leave-one-out", the reward less the mean of the others.
+        loss_type: "grpo", "bnpo", "dr_grpo" or "dapo": how tokens are weighed.
+        importance: "token" or "sequence".
+        clip, clip_high: ε below and above 1; clip_high None means clip.
+        beta: price of a nat of KL in the loss; 0 needs no reference.
+        bias_correct_kl: whether k3 is multiplied by the ratio.
+        constant_groups: what to do with groups whose rewards are all equal, which teach nothing:
+            "keep", "drop" (the batch gets smaller), or "resample" (new prompts take their place).
+        rounds: of sampling in one iteration at most, with "resample".
+        seed: of sampling and of the order of prompts.
+    """
+
+    iterations: int = 200
+    prompts: int = 32
+    samples_per_prompt: int = 8
+    max_new_tokens: int = 16
+    temperature: float = 1.0
+    epochs: int = 1
+    mini_batches: int = 1
+    learning_rate: float = 7e-4
+    warm_up: float = 0.05
+    max_grad_norm: float = 1.0
+    scale: str = "group"
+    loss_type: str = "grpo"
+    importance: str = "token"
+    clip: float = 0.2
+    clip_high: float | None = None
+    beta: float = 0.0
+    bias_correct_kl: bool = True
+    constant_groups: str = "keep"
+    rounds: int = 4
+    seed: int = 0
+
+
+class Batch(NamedTuple):
+    """N = B·G completions of up to C tokens with their prompts; a group's samples are neighbours."""
+
+    tokens: Tensor  # [N, P + C]
+    attention_mask: Tensor  # [N, P + C]
+    mask: Tensor  # [N, C], True on a completion, its end included
+    old_log_probs: Tensor  # [N, C]
+    ref_log_probs: Tensor | None  # [N, C]
+    rewards: Tensor  # [N]
+    advantages: Tensor  # [N]
+    ended: Tensor  # [N], whether it came to its end token
+    sampled: int  # completions that it took to get this batch
+
+
+class Metrics(NamedTuple):
+    """After one iteration; what is said of the batch was measured before the updates."""
+
+    iteration: int  # from 1
+    reward: float  # mean over completions that are kept
+    reward_std: float  # within a group, mean over groups
+    constant: float  # share of the sampled groups whose rewards are all equal
+    sampled: int  # completions sampled in this iteration
+    length: float  # tokens, the end included
+    length_right: float  # of completions with more than their group's mean reward; NaN if none
+    length_wrong: float  # of those with less
+    unended: float  # share of completions without an end
+    kl: float  # log π − log π_ref summed over tokens, mean over sequences; NaN without a reference
+    loss: float  # mean over the updates; 0 at the first update of a batch, whatever is learned
+    clip_fraction: float
+    approx_kl: float  # of the policy from `old`, nats a token, at the last update, before its step
+    grad_norm: float
+    updates: int
+    rollout_seconds: float
+    update_seconds: float
+
+
+@dataclass
+class Run:
+    """What changes from one iteration to the next, and what it is made of."""
+
+    policy: nn.Module
+    tokenizer: Tokenizer
+    reference: Callable[[], AbstractContextManager[nn.Module]] | None
+    optimizer: torch.optim.Optimizer
+    sampling: torch.Generator  # on the policy's device
+    order: torch.Generator
+    next_prompt: int = 0  # how many prompts have been taken
+    history: list[Metrics] = field(default_factory=list)
+
+
+Draw = Callable[[int], list[int]]  # how many prompts -> their numbers
+
+
+# --- groups ----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def groups(
+    run: Run,
+    prompts: Sequence[str],
+    reward: rewards.Reward,
+    config: Config,
+    columns: Mapping[str, Sequence] | None = None,
+) -> Batch:
+    """Sample a group of completions for each prompt, and score them. The prompt goes through the
+    model once for its whole group.
+
+    Raises: ValueError as `rewards.score`.
+    """
+    group, tokenizer = config.samples_per_prompt, run.tokenizer
+    device = next(run.policy.parameters()).device
+    rollout = sample(
+        run.policy,
+        *models.encode_prompts(tokenizer, prompts, device),
+        config.max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        temperature=config.temperature,
+        samples_per_prompt=group,
+        generator=run.sampling,
+    )
+    mask = rollout.completion_mask
+    completions = rollout.tokens[:, rollout.prompt_length :]
+    texts = models.decode(tokenizer, completions, mask)
+    repeated = {k: [x for x in v for _ in range(group)] for k, v in (columns or {}).items()}
+    scores = rewards.score(reward, [p for p in prompts for _ in range(group)], texts, **repeated)
+    scores = scores.to(device, torch.float32)
+    where = (rollout.tokens, rollout.attention_mask, mask.shape[1])
+    ref_log_probs = None
+    if run.reference is not None:
+        with run.reference() as model:
+            ref_log_probs = completion_log_probs(
+                model, *where, config.temperature, samples_per_prompt=group
+            )
+    ended = ((completions == tokenizer.eos_token_id) & mask).any(1)
+    advantages = advantages_of(scores, config)
+    logs = (rollout.log_probs, ref_log_probs, scores, advantages, ended, len(scores))
+    return Batch(*where[:2], mask, *logs)
+
+
+def advantages_of(scores: Tensor, config: Config) -> Tensor:
+    """Advantage of each completion [N] against its group."""
+    if config.scale == "leave-one-out":
+        return leave_one_out_advantages(scores, config.samples_per_prompt)
+    return group_relative_advantages(scores, config.samples_per_prompt, config.scale)
+
+
+def kept(batch: Batch, config: Config) -> tuple[Batch, float]:
+    """The batch without the groups that teach nothing, unless the settings keep them, and the share
+    of such groups. If all are such, the batch stays as it is."""
+    grouped = batch.rewards.view(-1, config.samples_per_prompt)
+    varied = (grouped != grouped[:, :1]).any(1)
+    share = 1.0 - varied.double().mean().item()
+    if config.constant_groups == "keep" or not varied.any():
+        return batch, share
+    rows = varied.repeat_interleave(config.samples_per_prompt)
+    return _rows(batch, rows), share
+
+
+def collect(
+    run: Run,
+    prompts: Sequence[str],
+    reward: rewards.Reward,
+    config: Config,
+    columns: Mapping[str, Sequence] | None = None,
+) -> tuple[Batch, float]:
+    """One iteration's batch, and the share of constant groups among those that were sampled.
+
+    With "resample", rounds of new prompts follow until there are as many groups with something to
+    learn as the settings ask for, or `rounds` have passed.
+    """
+    found: list[Batch] = []
+    shares = []
+    for _ in range(config.rounds if config.constant_groups == "resample" else 1):
+        chosen = _next_prompts(run, len(prompts), config)
+        some = {name: [values[i] for i in chosen] for name, values in (columns or {}).items()}
+        batch = groups(run, [prompts[i] for i in chosen], reward, config, some)
+        batch, share = kept(batch, config)
+        found.append(batch)
+        shares.append(share)
+        if sum(len(one.rewards) for one in found if _varied(one)) >= config.prompts * config.samples_per_prompt:  # fmt: skip
+            break
+    useful = [one for one in found if _varied(one)] or found[:1]
+    batch = _join(useful, run.tokenizer.pad_token_id)
+    sampled = sum(one.sampled for one in found)
+    most = config.prompts * config.samples_per_prompt
+    keep = torch.arange(len(batch.rewards), device=batch.rewards.device) < most
+    return _rows(batch, keep)._replace(sampled=sampled), sum(shares) / len(shares)
+
+
+def _varied(batch: Batch) -> bool:
+    return bool((batch.advantages != 0).any())
+
+
+def _next_prompts(run: Run, count: int, config: Config) -> list[int]:
+    """Numbers of the next prompts: a random order of all of them, a new order for each pass."""
+    found = []
+    for place in range(run.next_prompt, run.next_prompt + config.prompts):
+        generator = torch.Generator().manual_seed(1_000_003 * config.seed + place // count)
+        found.append(int(torch.randperm(count, generator=generator)[place % count]))
+    run.next_prompt += config.prompts
+    return found
+
+
+def _rows(batch: Batch, rows: Tensor) -> Batch:
+    parts = (part[rows] if isinstance(part, Tensor) else part for part in batch)
+    return Batch(*parts)
+
+
+def _join(batches: Sequence[Batch], pad_token_id: int) -> Batch:
+    """Batches below each other: prompts padded on the left, completions on the right."""
+    if len(batches) == 1:
+        return batches[0]
+    right = max(one.mask.shape[1] for one in batches)
+    left = max(one.tokens.shape[1] - one.mask.shape[1] for one in batches)
+
+    def widened(one: Batch, tensor: Tensor, value: float, prompt: bool) -> Tensor:
+        before = left - (one.tokens.shape[1] - one.mask.shape[1]) if prompt else 0
+        return torch.nn.functional.pad(tensor, (before, right - one.mask.shape[1]), value=value)
+
+    def all_of(name: str, value: float = 0.0, prompt: bool = False) -> Tensor | None:
+        if getattr(batches[0], name) is None:
+            return None
+        return torch.cat([widened(one, getattr(one, name), value, prompt) for one in batches])
+
+    return Batch(
+        all_of("tokens", pad_token_id, prompt=True),
+        all_of("attention_mask", 0, prompt=True),
+        all_of("mask", False),
+        all_of("old_log_probs"),
+        all_of("ref_log_probs"),
+        *(torch.cat([getattr(one, n) for one in batches]) for n in ("rewards", "advantages", "ended")),
+        sum(one.sampled for one in batches),
+    )  # fmt: skip
+
+
+# --- update ----------------------------------------------------------------------------------------
+
+
+def update(run: Run, batch: Batch, config: Config) -> dict[str, float]:
+    """Passes over the batch, each in mini-batches of whole groups.
+
+    Returns: means over the updates, and how many there were.
+    Raises: ppo.TrainingStopped if the first ratio is not 1, or on a loss that is not finite.
+    """
+    group, seen = config.samples_per_prompt, []
+    count = len(batch.rewards) // group
+    size = -(-count // config.mini_batches)
+    for _ in range(config.epochs):
+        for chosen in torch.randperm(count, generator=run.order).split(size):
+            inside = torch.arange(group)
+            rows = (chosen[:, None] * group + inside).flatten().to(batch.tokens.device)
+            seen.append(step(run, _rows(batch, rows), config, first=not seen))
+    found = {name: sum(one[name] for one in seen) / len(seen) for name in seen[0]}
+    return found | {"approx_kl": seen[-1]["approx_kl"], "updates": len(seen)}
+
+
+def step(run: Run, batch: Batch, config: Config, first: bool = False) -> dict[str, float]:
+    """One step down the gradient of the loss on some groups."""
+    where = (batch.tokens, batch.attention_mask, batch.mask.shape[1])
+    log_probs = completion_log_probs(
+        run.policy, *where, config.temperature, samples_per_prompt=config.samples_per_prompt
+    )
+    if first:
+        ppo._check_ratio(log_probs, batch.old_log_probs, batch.mask)
+    found = grpo_loss(
+        log_probs,
+        batch.old_log_probs,
+        batch.advantages,
+        batch.mask,
+        config.clip,
+        config.clip_high,
+        batch.ref_log_probs,
+        config.beta,
+        config.loss_type,
+        config.importance,
+        config.max_new_tokens,
+        config.bias_correct_kl,
+    )
+    run.optimizer.zero_grad()
+    found.loss.backward()
+    trained = [p for p in run.policy.parameters() if p.requires_grad]
+    norm = nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
+    ppo._check_finite(loss=found.loss.detach(), gradient=norm)
+    run.optimizer.step()
+    numbers = zip(("loss", "clip_fraction", "approx_kl"), found, strict=True)
+    return {name: value.item() for name, value in numbers} | {"grad_norm": norm.item()}
+
+
+# --- train -----------------------------------------------------------------------------------------
+
+
+def start(policy: nn.Module, tokenizer: Tokenizer, config: Config) -> Run:
+    """A run before its first iteration; with a price on KL the policy as it is becomes the
+    reference."""
+    policy.eval()  # no dropout: the first ratio has to be 1
+    device = next(policy.parameters()).device
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    return Run(
+        policy,
+        tokenizer,
+        models.reference(policy) if config.beta else None,
+        torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0),
+        torch.Generator(device).manual_seed(config.seed),
+        torch.Generator().manual_seed(config.seed),
+    )
+
+
+def train(
+    policy: nn.Module,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    reward: rewards.Reward,
+    config: Config,
+    columns: Mapping[str, Sequence] | None = None,
+    folder: str | Path | None = None,
+    save_every: int = 10,
+) -> Iterator[Metrics]:
+    """Train a policy in place; the caller plots, logs and stops.
+
+    Args:
+        policy: a causal language model, LoRA or not.
+        tokenizer: its tokenizer, as `models.load` returns it.
+        prompts: texts; each iteration takes the next ones in an order that changes with every pass.
+        reward: a reward function.
+        config: the settings.
+        columns: further columns, as long as `prompts`, that the reward function is given, e.g. the
+            right answers.
+        folder: where checkpoints are written. If it holds one, the run goes on from there: pass the
+            same arguments, the policy as it was at the start included.
+        save_every: iterations from one checkpoint to the next; the last is always kept.
+    Yields: Metrics, one an iteration; those of earlier iterations first when a run goes on.
+    Raises: ValueError on settings out of range, or as `checkpoint.load`; ppo.TrainingStopped, with
+        a name, on a fault that more iterations would not mend.
+    Source: Shao et al. 2024, "DeepSeekMath", algorithm 1.
+    """
+    _check(config, prompts, columns)
+    in_range(save_every, "save_every", 1)
+    run = start(policy, tokenizer, config)
+    identity = {
+        "config": asdict(config),
+        "prompts": ppo._digest([list(prompts), {k: list(v) for k, v in (columns or {}).items()}]),
+        "start": models.weights_digest(policy),
+    }
+    if folder is not None:
+        _restore(run, checkpoint.load(folder, identity))
+        yield from run.history
+    for index in range(len(run.history), config.iterations):
+        rate = sft.learning_rate_at(
+            index, config.iterations, sft.Config(config.learning_rate, warm_up=config.warm_up)
+        )
+        for parameters in run.optimizer.param_groups:
+            parameters["lr"] = rate
+        metrics = iterate(run, prompts, reward, config, columns)
+        run.history.append(metrics)
+        due = metrics.iteration % save_every == 0 or metrics.iteration == config.iterations
+        if folder is not None and due:
+            checkpoint.save(folder, metrics.iteration, _state(run), identity)
+        yield metrics
+
+
+def iterate(
+    run: Run,
+    prompts: Sequence[str],
+    reward: rewards.Reward,
+    config: Config,
+    columns: Mapping[str, Sequence] | None = None,
+) -> Metrics:
+    """One iteration: collect, update, measure."""
+    begin = time.perf_counter()
+    batch, constant = collect(run, prompts, reward, config, columns)
+    collected = time.perf_counter()
+    after = update(run, batch, config)
+    return Metrics(
+        iteration=len(run.history) + 1,
+        constant=constant,
+        **measure(batch, config),
+        **after,
+        rollout_seconds=collected - begin,
+        update_seconds=time.perf_counter() - collected,
+    )
+
+
+def measure(batch: Batch, config: Config) -> dict[str, float]:
+    """What is worth knowing of a batch before anything is learned from it."""
+    lengths = batch.mask.sum(1).double()
+    grouped = batch.rewards.double().view(-1, config.samples_per_prompt)
+    centred = (grouped - grouped.mean(1, keepdim=True)).flatten()
+    kl = torch.tensor(torch.nan)
+    if batch.ref_log_probs is not None:
+        log_ratio = (batch.old_log_probs - batch.ref_log_probs).masked_fill(~batch.mask, 0.0)
+        kl = log_ratio.sum(1).mean()
+    return {
+        "reward": grouped.mean().item(),
+        "reward_std": grouped.std(1).mean().item(),
+        "sampled": batch.sampled,
+        "length": lengths.mean().item(),
+        "length_right": lengths[centred > 1e-9].mean().item(),
+        "length_wrong": lengths[centred < -1e-9].mean().item(),
+        "unended": 1.0 - batch.ended.double().mean().item(),
+        "kl": kl.item(),
+    }
+
+
+def solve(
+    policy: nn.Module,
+    tokenizer: Tokenizer,
+    problems: Sequence[arithmetic.Problem],
+    samples: int,
+    max_new_tokens: int,
+    seed: int = 0,
+    greedy: bool = False,
+) -> Tensor:
+    """Which of a policy's samples solve the problems: [problems, samples], True where right, for
+    `arithmetic.pass_at_k`. Greedy takes the likeliest token each time, so one sample is enough."""
+    device = next(policy.parameters()).device
+    texts = write(
+        policy,
+        tokenizer,
+        [one.prompt for one in problems],
+        max_new_tokens,
+        samples_per_prompt=samples,
+        top_k=1 if greedy else 0,
+        generator=torch.Generator(device).manual_seed(seed),
+    )
+    answers = [one.answer for one in problems for _ in range(samples)]
+    right = arithmetic.exact([], texts, answers)
+    return torch.tensor(right).view(len(problems), samples) == 1.0
+
+
+# --- a run that goes on ----------------------------------------------------------------------------
+
+
+def _weights(run: Run) -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in run.policy.named_parameters() if p.requires_grad}
+
+
+def _state(run: Run) -> dict[str, Any]:
+    return {
+        "weights": _weights(run),
+        "optimizer": run.optimizer.state_dict(),
+        "sampling": run.sampling.get_state(),
+        "order": run.order.get_state(),
+        "next_prompt": run.next_prompt,
+        "history": [list(metrics) for metrics in run.history],
+    }
+
+
+@torch.no_grad()
+def _restore(run: Run, found: checkpoint.Checkpoint | None) -> None:
+    if found is None:
+        return
+    for name, parameter in _weights(run).items():
+        parameter.copy_(found.state["weights"][name])
+    run.optimizer.load_state_dict(found.state["optimizer"])
+    run.sampling.set_state(found.state["sampling"])
+    run.order.set_state(found.state["order"])
+    run.next_prompt = found.state["next_prompt"]
+    run.history = [Metrics(*values) for values in found.state["history"]]
+
+
+def _check(config: Config, prompts: Sequence[str], columns: Mapping[str, Sequence] | None) -> None:
+    if isinstance(prompts, str) or not prompts:
+        raise ValueError("prompts must be a list of at least one text")
+    for name, values in (columns or {}).items():
+        if len(values) != len(prompts):
+            raise ValueError(f"columns[{name!r}] has {len(values)} entries for {len(prompts)} prompts")  # fmt: skip
+    one_of(config.scale, SCALES, "scale")
+    one_of(config.loss_type, GRPO_TYPES, "loss_type")
+    one_of(config.importance, IMPORTANCE, "importance")
+    one_of(config.constant_groups, CONSTANT_GROUPS, "constant_groups")
+    for name in _COUNTS:
+        in_range(getattr(config, name), name, 1)
+    for name in _POSITIVE:
+        in_range(getattr(config, name), name, 0.0, open_low=True)
+    in_range(config.beta, "beta", 0.0)
+    in_range(config.warm_up, "warm_up", 0.0, 1.0)
+    if config.samples_per_prompt < 2:
+        raise ValueError("samples_per_prompt must be 2 or more; a group needs another to compare with")  # fmt: skip
+    if config.prompts % config.mini_batches:
+        raise ValueError(f"mini_batches={config.mini_batches} must divide the {config.prompts} prompts")  # fmt: skip

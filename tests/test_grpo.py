@@ -1,0 +1,259 @@
+"""Group relative policy optimisation: gradients against autograd of the whole softmax, resumed runs to the bit, groups
+that teach nothing, and the optimum that can be listed."""
+
+import copy
+import math
+import zlib
+
+import pytest
+import torch
+from architectures import EOS, build
+
+from rlhf_helpers import models, settings
+from rlhf_helpers.algorithms import grpo
+from rlhf_helpers.algorithms.grpo import Config
+from rlhf_helpers.algorithms.ppo import TrainingStopped
+from rlhf_helpers.logprobs import completion_log_probs
+from rlhf_helpers.worlds import arithmetic, enumerable
+
+
+class Letters:
+    """A tokenizer of one token a letter; end and pad are one token."""
+
+    eos_token_id = pad_token_id = bos_token_id = EOS
+
+    def __call__(self, texts, **_):
+        return {"input_ids": [[ord(c) - 96 for c in text] for text in texts]}
+
+    def decode(self, ids, **_):
+        return "".join(chr(96 + i) for i in ids if i != EOS)
+
+
+PROMPTS = ["ab", "c", "defg", "hi"]
+SMALL = Config(iterations=4, prompts=2, samples_per_prompt=3, max_new_tokens=5, learning_rate=1e-2)
+
+
+def early_letters(prompts, completions, **_):
+    return [sum(ch < "m" for ch in text) / 5 for text in completions]
+
+
+def started(config=SMALL, **changes):
+    return grpo.start(build("gpt2", **changes), Letters(), config)
+
+
+# --- one batch -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo"])
+@pytest.mark.parametrize("scale", grpo.SCALES)
+def test_the_gradient_is_that_of_the_policy_gradient_by_hand(loss_type, scale):
+    """Oracle: at ratio 1, autograd of Σ w·A·log π with one text at a time through the whole softmax; A by a loop."""
+    config = Config(prompts=2, samples_per_prompt=3, max_new_tokens=5, scale=scale, loss_type=loss_type, learning_rate=1e-9, max_grad_norm=1e9)  # fmt: skip
+    run = started(config, dtype=torch.float64)
+    batch = grpo.groups(run, PROMPTS[:2], early_letters, config)
+    rewards = batch.rewards.double().view(2, 3)
+    by_hand = []
+    for group in rewards:
+        others = [(group.sum() - r) / 2 for r in group]
+        spread = {"group": group.std() + 1e-4, "batch": rewards.std() + 1e-4}.get(scale, 1.0)
+        by_hand += [r - o if scale == "leave-one-out" else (r - group.mean()) / spread for r, o in zip(group, others, strict=True)]  # fmt: skip
+    assert batch.advantages.tolist() == pytest.approx([float(a) for a in by_hand], abs=1e-4)
+    model = copy.deepcopy(run.policy)
+    objective = 0.0
+    for i, advantage in enumerate(by_hand):
+        length = int(batch.mask[i].sum())
+        ids = batch.tokens[i][batch.attention_mask[i].bool()]
+        log_probs = model(ids[None]).logits[0, :-1].log_softmax(-1)
+        chosen = log_probs.gather(1, ids[1:, None]).squeeze(1)[-length:]
+        weight = 1 / (6 * length) if loss_type == "grpo" else 1 / (6 * 5)
+        objective = objective - weight * advantage * chosen.sum()
+    objective.backward()
+    grpo.update(run, batch, config)
+    for (name, mine), other in zip(run.policy.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-7, msg=name)
+    assert any(p.grad.abs().max() > 1e-4 for p in run.policy.parameters())
+
+
+def test_the_first_loss_is_zero_and_still_teaches():
+    """Oracle: at ratio 1 the loss of "bnpo" with whole groups of one length is minus the mean advantage, 0; its gradient
+    is not."""
+    run = started(SMALL)
+    metrics = grpo.iterate(run, PROMPTS, early_letters, SMALL)
+    assert abs(metrics.loss) < 1e-5
+    assert metrics.grad_norm > 1e-3
+    assert metrics.clip_fraction == 0.0
+    assert metrics.sampled == 6
+    assert math.isnan(metrics.kl)
+
+
+def test_dropout_between_sampling_and_training_is_noticed():
+    run = started(SMALL, dropout=0.5)
+    batch = grpo.groups(run, PROMPTS[:2], early_letters, SMALL)
+    run.policy.train()
+    with pytest.raises(TrainingStopped, match="first ratio"):
+        grpo.update(run, batch, SMALL)
+
+
+def test_the_kl_of_the_batch_is_that_to_the_policy_of_the_start():
+    """Oracle: log-probabilities under a copy made before training."""
+    config = Config(**{**SMALL.__dict__, "beta": 0.1, "iterations": 6})
+    policy = build("gpt2")
+    before = copy.deepcopy(policy)
+    run = grpo.start(policy, Letters(), config)
+    for _ in range(3):
+        last = grpo.iterate(run, PROMPTS, early_letters, config)
+    assert last.kl != 0.0
+    batch = grpo.groups(run, PROMPTS[:2], early_letters, config)
+    where = (batch.tokens, batch.attention_mask, batch.mask.shape[1])
+    with torch.no_grad():
+        wanted = completion_log_probs(before, *where)
+    torch.testing.assert_close(batch.ref_log_probs[batch.mask], wanted[batch.mask])
+
+
+# --- groups that teach nothing ---------------------------------------------------------------------
+
+
+def constant_for(letter):
+    """Every completion earns the same, but for prompts with this letter."""
+
+    def reward(prompts, completions, **_):
+        return [
+            (zlib.crc32(text.encode()) % 7 if letter in prompt else 1.0)
+            for prompt, text in zip(prompts, completions, strict=True)
+        ]
+
+    return reward
+
+
+def test_constant_groups_are_kept_dropped_or_replaced():
+    """Oracle: by hand: one of two prompts teaches; kept rows are 6, dropped leaves 3, resampling goes on to 6."""
+    for what, rows in (("keep", 6), ("drop", 3), ("resample", 6)):
+        config = Config(**{**SMALL.__dict__, "constant_groups": what, "rounds": 8})
+        run = started(config)
+        batch, share = grpo.collect(run, ["ab", "c"], constant_for("a"), config)
+        assert len(batch.rewards) == rows
+        assert share == 0.5
+        assert batch.sampled == (12 if what == "resample" else 6)
+        assert (batch.advantages != 0).any()
+
+
+def test_all_constant_groups_leave_a_batch_without_a_gradient():
+    for what in grpo.CONSTANT_GROUPS:
+        config = Config(**{**SMALL.__dict__, "constant_groups": what})
+        metrics = grpo.iterate(started(config), PROMPTS, constant_for("?"), config)
+        assert metrics.constant == 1.0
+        assert metrics.grad_norm == 0.0
+        assert metrics.sampled == 6 * (config.rounds if what == "resample" else 1)
+
+
+def test_batches_of_unequal_widths_are_joined():
+    """Oracle: the log-probabilities of sampling, found again by scoring the joined batch."""
+    run = started(SMALL)
+    parts = [grpo.groups(run, some, early_letters, SMALL) for some in (["a", "b"], ["cdefg", "hi"])]
+    joined = grpo._join(parts, EOS)
+    where = (joined.tokens, joined.attention_mask, joined.mask.shape[1])
+    with torch.no_grad():
+        found = completion_log_probs(run.policy, *where, samples_per_prompt=3)
+    torch.testing.assert_close(found[joined.mask], joined.old_log_probs[joined.mask], rtol=1e-4, atol=1e-5)  # fmt: skip
+    assert joined.sampled == 12
+    assert torch.equal(joined.rewards, torch.cat([p.rewards for p in parts]))
+
+
+# --- runs ------------------------------------------------------------------------------------------
+
+
+def weights_after(folder=None, stop=None, **changes):
+    config = Config(**{**SMALL.__dict__, **changes})
+    policy = build("gpt2")
+    history = []
+    for metrics in grpo.train(policy, Letters(), PROMPTS, early_letters, config, folder=folder, save_every=1):  # fmt: skip
+        history.append(metrics)
+        if metrics.iteration == stop:
+            break
+    return policy.state_dict(), history
+
+
+@pytest.mark.parametrize("changes", [{}, {"constant_groups": "resample", "beta": 0.1}])
+def test_a_run_that_goes_on_ends_with_the_same_weights(changes, tmp_path):
+    """Oracle: the run that was not interrupted, to the bit (one thread)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        whole, history = weights_after(**changes)
+        weights_after(tmp_path, stop=2, **changes)
+        resumed, again = weights_after(tmp_path, **changes)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert [m.reward for m in again] == [m.reward for m in history]
+    with pytest.raises(ValueError, match="learning_rate"):
+        weights_after(tmp_path, **changes | {"learning_rate": 0.5})
+
+
+def test_grpo_comes_near_the_optimal_policy_of_a_language():
+    """Oracle: π* in closed form; centred rewards without division, k3 times the ratio, a price of 0.5. Near, not at it:
+    the price in the loss charges each token for itself and not for the states that it leads to."""
+    language = enumerable.language(4, 2)
+    policy = enumerable.small_gpt2(4, 2, seed=0, spread=0.5)
+    utilities = enumerable.utilities(language)
+    reference = enumerable.model_log_probs(policy, language).detach().double()
+    best = enumerable.optimal_policy(reference, utilities, 0.5)
+    config = Config(
+        iterations=250, prompts=2, samples_per_prompt=64, max_new_tokens=2, learning_rate=1e-2,
+        scale="none", loss_type="dr_grpo", beta=0.5,
+    )  # fmt: skip
+    judge = enumerable.reward(language, utilities)
+    for _ in grpo.train(policy, enumerable.tokenizer(language), [""], judge, config):
+        pass
+    found = enumerable.model_log_probs(policy, language).detach().double()
+    assert enumerable.kl(reference, best) > 0.3
+    assert enumerable.kl(found, best) < 0.1 * enumerable.kl(reference, best)
+
+
+def test_sums_are_learned_on_problems_that_were_not_trained_on():
+    """Oracle: the sums themselves, on held-out numbers, before and after thirty steps."""
+    policy, tokenizer = models.load(settings.TINY_ARITHMETIC)
+    train, held_out = arithmetic.problems(3, "train"), arithmetic.sample(60, 3, "held_out")
+
+    def rate():
+        found = grpo.solve(policy, tokenizer, held_out, 8, 16, seed=1)
+        return found.double().mean().item()
+
+    before = rate()
+    prompts, answers = [p.prompt for p in train], [p.answer for p in train]
+    history = list(
+        grpo.train(policy, tokenizer, prompts, arithmetic.exact, Config(iterations=30), {"answer": answers})
+    )  # fmt: skip
+    assert before < 0.35
+    assert rate() > before + 0.15
+    assert history[-1].reward > history[0].reward + 0.15
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scale": "value"}, "use one of 'group'"),
+        ({"loss_type": "ppo"}, "use one of 'grpo'"),
+        ({"importance": "word"}, "use one of 'token'"),
+        ({"constant_groups": "hide"}, "use one of 'keep'"),
+        ({"samples_per_prompt": 1}, "samples_per_prompt must be 2"),
+        ({"mini_batches": 3}, "must divide"),
+        ({"beta": -1.0}, "beta"),
+        ({"iterations": 0}, "iterations"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+    ],
+)
+def test_bad_settings_are_named(change, message):
+    config = Config(**{**SMALL.__dict__, **change})
+    with pytest.raises(ValueError, match=message):
+        next(grpo.train(build("gpt2"), Letters(), PROMPTS, early_letters, config))
+
+
+def test_bad_prompts_and_columns_are_named():
+    for prompts, columns, message in (
+        ([], None, "prompts must be"),
+        ("ab", None, "prompts must be"),
+        (PROMPTS, {"answer": ["1"]}, "columns"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            next(grpo.train(build("gpt2"), Letters(), prompts, early_letters, SMALL, columns))

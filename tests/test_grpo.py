@@ -118,7 +118,7 @@ def constant_for(letter):
 
     def reward(prompts, completions, **_):
         return [
-            (zlib.crc32(text.encode()) % 7 if letter in prompt else 1.0)
+            (zlib.crc32(text.encode()) % 97 if letter in prompt else 1.0)
             for prompt, text in zip(prompts, completions, strict=True)
         ]
 

@@ -36,6 +36,7 @@ def config_of(run, seed=0):
         max_new_tokens=run.max_new_tokens,
         learning_rate=run.ppo_learning_rate,
         value_learning_rate=run.ppo_value_learning_rate,
+        micro_batch=run.ppo_micro_batch,
         seed=seed,
     )
 

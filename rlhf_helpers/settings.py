@@ -34,6 +34,8 @@ class Settings:
         annotator_temperature: of the simulated annotators, in units of their utility.
         reward_learning_rate: for the reward model.
         ppo_iterations, ppo_learning_rate, ppo_value_learning_rate: of chapter 07.
+        ppo_micro_batch: prompts that go through the model at once in an update, so that GPT-2 fits
+            into the memory of a small GPU; None takes a mini-batch whole.
         dpo_learning_rate, dpo_beta: of chapter 08.
         reward_model: folder of the one that chapter 06 trains; "" where it has to be trained.
     """
@@ -54,6 +56,7 @@ class Settings:
     ppo_iterations: int
     ppo_learning_rate: float
     ppo_value_learning_rate: float
+    ppo_micro_batch: int | None
     dpo_learning_rate: float
     dpo_beta: float
 
@@ -76,6 +79,7 @@ def _tiny() -> Settings:
         ppo_iterations=15,
         ppo_learning_rate=5e-4,
         ppo_value_learning_rate=1e-3,
+        ppo_micro_batch=None,
         dpo_learning_rate=5e-4,
         dpo_beta=0.1,
     )
@@ -101,6 +105,7 @@ def _gpt2() -> Settings:
         ppo_iterations=60,
         ppo_learning_rate=1e-5,
         ppo_value_learning_rate=1e-5,
+        ppo_micro_batch=2,
         dpo_learning_rate=1e-5,
         dpo_beta=0.1,
     )

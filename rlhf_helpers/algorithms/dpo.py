@@ -180,7 +180,7 @@ def response_log_probs(policy: nn.Module, batch: Batch) -> Tensor:
     length = batch.mask.shape[1]
     where = (batch.tokens, batch.attention_mask, length)
     log_probs = completion_log_probs(policy, *where, samples_per_prompt=2)
-    return log_probs.masked_fill(batch.mask == 0, 0.0).sum(1).view(-1, 2)
+    return log_probs.sum(1).view(-1, 2)  # 0 where the mask is 0
 
 
 @torch.no_grad()

@@ -2,10 +2,11 @@
 
 Same model, pairs, order, loss, AdamW and learning rates; float32, no dropout, no gradient
 checkpointing; each side in a process of its own, one thread. Seconds are those of one step in the
-real training loop, the fastest of a few after a first one that does not count. The reference's
-log-probabilities are computed before the first step (column "reference", seconds a pair), except by
-TRL's default, which keeps the reference in memory and runs it in every step. Memory: the peak above
-what the process holds with the model loaded and everything imported; a reference model counts.
+real training loop, the fastest of a few after a first one that does not count; "CPU", of the
+process, is the same on a machine that does nothing else. The reference's log-probabilities are
+computed before the first step (column "reference", CPU seconds a pair), except by TRL's default,
+which keeps the reference in memory and runs it in every step. Memory: the peak above what the
+process holds with the model loaded and everything imported; a reference model counts.
 """
 
 import copy
@@ -52,7 +53,7 @@ class Work(NamedTuple):
 
 WORKS = {
     "tiny": Work(bench_ppo.WORKS["tiny"].title, bench_ppo.WORKS["tiny"].config, 32, 8, 24, 24, 6, 256),
-    "124M": Work(bench_ppo.WORKS["124M"].title, bench_ppo.WORKS["124M"].config, 8, 2, 96, 32, 3, 64),
+    "124M": Work(bench_ppo.WORKS["124M"].title, bench_ppo.WORKS["124M"].config, 8, 2, 96, 32, 3, 32),
 }  # fmt: skip
 
 
@@ -64,8 +65,12 @@ def load(work):
     return model, tokenizer, [(prompts[i % len(prompts)], *pair) for i, pair in enumerate(texts)]
 
 
+def clocks():
+    return time.perf_counter(), time.process_time()
+
+
 def ours(work, micro_batch):
-    """Seconds of each step, their losses, seconds of the reference."""
+    """Clocks at the ends of the steps, losses of the steps, seconds of the reference."""
     from rlhf_helpers.algorithms import dpo
     from rlhf_helpers.algorithms.reward_model import Comparison
 
@@ -79,12 +84,12 @@ def ours(work, micro_batch):
     )
     cache = Path(tempfile.mkdtemp()) / "reference.safetensors"
     settled()
-    begin = time.perf_counter()
+    begin = time.process_time()
     dpo.cached_log_probs(cache, model, data, tokenizer.pad_token_id)
-    marks, losses = [time.perf_counter()], []
-    reference = marks[0] - begin
+    reference = time.process_time() - begin
+    marks, losses = [clocks()], []
     for metrics in dpo.train(model, tokenizer, data, config, cache=cache):
-        marks.append(time.perf_counter())
+        marks.append(clocks())
         losses.append(metrics.loss)
         if len(losses) == work.steps:
             break
@@ -102,10 +107,10 @@ def trl(work, micro_batch, precompute):
 
     class Clock(TrainerCallback):
         def on_train_begin(self, *args, **kwargs):
-            marks.append(time.perf_counter())
+            marks.append(clocks())
 
         def on_step_end(self, args, state, control, **kwargs):
-            marks.append(time.perf_counter())
+            marks.append(clocks())
             control.should_training_stop = len(marks) > work.steps
 
     class Trainer(DPOTrainer):
@@ -115,9 +120,9 @@ def trl(work, micro_batch, precompute):
             return loss
 
         def compute_ref_log_probs(self, *args, **kwargs):
-            begin = time.perf_counter()
+            begin = time.process_time()
             found = super().compute_ref_log_probs(*args, **kwargs)
-            seconds[0] += time.perf_counter() - begin
+            seconds[0] += time.process_time() - begin
             return found
 
     def trainer(model, pairs):
@@ -170,9 +175,9 @@ def child(name, side):
         SIDES[4]: lambda: trl(work, work.micro_batch, precompute=True),
     }[side]
     marks, losses, reference = run()
-    step = min(torch.tensor(marks, dtype=torch.float64).diff()[1:]).item()
+    steps = torch.tensor(marks, dtype=torch.float64).diff(dim=0)[1:]
     memory = resident("VmHWM") - MEMORY["before"]
-    print(json.dumps([step, memory, reference / work.pairs, losses]))
+    print(json.dumps([*steps.amin(0).tolist(), memory, reference / work.pairs, losses]))
 
 
 def table(name):
@@ -184,13 +189,13 @@ def table(name):
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=quiet).stdout  # fmt: skip
         found[side] = json.loads(output.splitlines()[-1])
     base = found[BASE]
-    print(f"{'':<36}{'reference':>12}{'step':>9}{'pairs/s':>9}{'speed':>8}{'memory':>12}")
-    for side, (step, memory, reference, _) in found.items():
-        before = f"{reference:10.3f} s" if reference else f"{'':>12}"
-        print(f"{side:<36}{before}{step:7.2f} s{work.batch / step:9.1f}{base[0] / step:7.2f}x{memory:8.0f} MiB {memory / base[1]:.2f}x", flush=True)  # fmt: skip
+    print(f"{'':<36}{'reference':>10}{'step':>10}{'speed':>7}{'CPU':>10}{'speed':>7}{'memory':>12}")
+    for side, (step, busy, memory, reference, _) in found.items():
+        before = f"{reference:8.3f} s" if reference else f"{'':>10}"
+        print(f"{side:<36}{before}{step:8.2f} s{base[0] / step:6.2f}x{busy:8.2f} s{base[1] / busy:6.2f}x{memory:8.0f} MiB {memory / base[2]:.2f}x", flush=True)  # fmt: skip
     print(f"loss of the first {work.steps} batches (log 2 = {math.log(2):.7f}), largest difference to {BASE!r}")  # fmt: skip
     for side, (*_, losses) in found.items():
-        apart = max(abs(a - b) for a, b in zip(losses, base[3], strict=True))
+        apart = max(abs(a - b) for a, b in zip(losses, base[4], strict=True))
         print(f"{side:<36}{'  '.join(f'{loss:.7f}' for loss in losses)}   {apart:.1e}", flush=True)
 
 

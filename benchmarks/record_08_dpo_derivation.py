@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from functools import cache
 
 import torch
+from record_07_gpt2_sentiment_ppo import exact_config
 from torch import nn
 
 from rlhf_helpers import models, preferences, rewards, settings, worlds
@@ -57,17 +58,8 @@ def network_config(seed=0):
 
 def ppo_config(seed=0):
     """PPO on the exact language, as in chapter 07."""
-    return ppo.Config(
-        iterations=500,
-        prompts=4,
-        samples_per_prompt=64,
-        max_new_tokens=EXACT["length"],
-        learning_rate=3e-3,
-        value_learning_rate=3e-3,
-        lam=1.0,
-        kl_coefficient=EXACT["beta"],
-        seed=seed,
-    )
+    length, price = EXACT["length"], EXACT["beta"]
+    return replace(exact_config(seed), max_new_tokens=length, kl_coefficient=price)
 
 
 def settings_of(run):

@@ -90,7 +90,7 @@ def ours(work, micro_batch):
         micro_batch=micro_batch,
     )
     cache = Path(tempfile.mkdtemp()) / "reference.safetensors"
-    next(dpo.train(small(work), tokenizer, data[: work.batch], config))
+    next(dpo.train(small(work), tokenizer, data[:2], config))
     settled()
     begin = time.process_time()
     dpo.cached_log_probs(cache, model, data, tokenizer.pad_token_id)
@@ -158,7 +158,7 @@ def trl(work, micro_batch, precompute):
     model, tokenizer, pairs = load(work)
     # the order in which this package takes them
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
-    trainer(small(work), pairs[: work.batch]).train()
+    trainer(small(work), pairs[:2]).train()
     for one in (marks, losses):
         one.clear()
     seconds[0] = 0.0

@@ -12,9 +12,6 @@ process holds with the model loaded and everything imported; a reference model c
 import copy
 import json
 import math
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,8 +19,7 @@ from typing import NamedTuple
 
 import bench_ppo
 import torch
-from bench_book import machine
-from bench_ppo import MEMORY, prepare, resident, settled
+from bench_ppo import MEMORY, main, measured, prepare, resident, settled
 from transformers import GPT2Config
 
 SIDES = (
@@ -186,13 +182,9 @@ def child(name, side):
 
 
 def table(name):
-    work, found = WORKS[name], {}
-    quiet = os.environ | {"TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
+    work = WORKS[name]
     print(f"\n{work.title}: {work.batch} pairs a step (micro-batches of {work.micro_batch}), {work.width} prompt and {work.new} response tokens (goal: {GOAL})", flush=True)  # fmt: skip
-    for side in SIDES:
-        command = [sys.executable, __file__, name, side]
-        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=quiet).stdout  # fmt: skip
-        found[side] = json.loads(output.splitlines()[-1])
+    found = {side: measured(__file__, name, side) for side in SIDES}
     base = found[BASE]
     print(f"{'':<36}{'reference':>10}{'step':>10}{'speed':>7}{'CPU':>10}{'speed':>7}{'memory':>12}")
     for side, (step, busy, memory, reference, _) in found.items():
@@ -204,14 +196,5 @@ def table(name):
         print(f"{side:<36}{'  '.join(f'{loss:.7f}' for loss in losses)}   {apart:.1e}", flush=True)
 
 
-def main():
-    if len(sys.argv) > 2:
-        child(*sys.argv[1:])
-        return
-    print(machine())
-    for name in WORKS:
-        table(name)
-
-
 if __name__ == "__main__":
-    main()
+    main(child, table, WORKS)

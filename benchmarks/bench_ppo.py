@@ -9,6 +9,7 @@ not count. Memory: the peak above what the process holds before its first iterat
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -169,13 +170,18 @@ def child(name, side):
     print(json.dumps([*min(found, key=sum), resident("VmHWM") - MEMORY["before"]]))
 
 
+def measured(script, name, side):
+    """What a child process says of one side, its last line of output read as JSON."""
+    quiet = os.environ | {"TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, script, name, side]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=quiet).stdout  # fmt: skip
+    return json.loads(output.splitlines()[-1])
+
+
 def table(name):
-    work, found = WORKS[name], {}
+    work = WORKS[name]
     print(f"\n{work.title}: {work.prompts} prompts x {work.group} samples, {work.width} prompt and {work.new} new tokens, {work.epochs} updates (goal: {work.goal})", flush=True)  # fmt: skip
-    for side in SIDES:
-        command = [sys.executable, __file__, name, side]
-        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        found[side] = json.loads(output.splitlines()[-1])
+    found = {side: measured(__file__, name, side) for side in SIDES}
     base = found[SIDES[-1]]
     print(
         f"{'':<34}{'collect':>9}{'update':>9}{'all':>9}{'samples/s':>11}{'speed':>8}{'memory':>12}"
@@ -186,14 +192,15 @@ def table(name):
         print(f"{side:<34}{parts}{whole:8.2f}s{work.prompts * work.group / whole:11.1f}{sum(base[:2]) / whole:7.2f}x{memory:8.0f} MiB {memory / base[2]:.2f}x", flush=True)  # fmt: skip
 
 
-def main():
+def main(child, table, works):
+    """All tables; with the names of a table and a side, one measurement in this process."""
     if len(sys.argv) > 2:
         child(*sys.argv[1:])
         return
     print(machine())
-    for name in WORKS:
+    for name in works:
         table(name)
 
 
 if __name__ == "__main__":
-    main()
+    main(child, table, WORKS)

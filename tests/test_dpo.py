@@ -8,9 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from architectures import EOS, build
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers import models as token_models
-from transformers import PreTrainedTokenizerFast
+from numbers_and_words import letters, normal, value_and_gradient
 
 from rlhf_helpers import models, preferences
 from rlhf_helpers.algorithms import dpo
@@ -20,7 +18,6 @@ from rlhf_helpers.losses import dpo_loss, simpo_loss
 from rlhf_helpers.models import lora_policy
 from rlhf_helpers.worlds import enumerable
 
-WORDS = ["<end>", *"abcdefghijklmnopqrstuvwxyz."]
 DATA = [
     Comparison("a b", ("c d e", "f")),
     Comparison("g", ("h", "i j k l")),
@@ -37,25 +34,7 @@ EXAMPLES = [
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    words = Tokenizer(
-        token_models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<end>")
-    )
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, eos_token="<end>", pad_token="<end>", padding_side="left"
-    )
-
-
-def normal(*shape, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-def value_and_gradient(function, x):
-    x = x.detach().clone().requires_grad_()
-    result = function(x)
-    (gradient,) = torch.autograd.grad(result, x)
-    return result.detach(), gradient
+    return letters()
 
 
 def gradients(model):
@@ -491,6 +470,16 @@ def test_the_reference_of_an_adapter_is_the_model_under_it(tokenizer):
     assert last.held_out.chosen_log_prob == pytest.approx(now[:, 0].mean().item(), abs=1e-3)
 
 
+def test_an_adapter_that_was_trained_before_is_refused(tokenizer, tmp_path):
+    """Its cache would carry the name of the model under it, and hold the numbers of another policy."""
+    policy, data = lora_policy(build("gpt2")), dpo.encode(tokenizer, DATA)
+    path = tmp_path / "reference.safetensors"
+    for _ in dpo.train(policy, tokenizer, data, Config(learning_rate=1e-2), cache=path):
+        pass
+    with pytest.raises(ValueError, match="adapter is not a fresh one"):
+        next(dpo.train(policy, tokenizer, data, Config(), cache=path))
+
+
 # --- runs ------------------------------------------------------------------------------------------
 
 
@@ -686,5 +675,18 @@ def test_a_loss_that_is_not_finite_stops_the_run(tokenizer):
     next(run)
     with torch.no_grad():
         model.transformer.h[0].mlp.c_fc.weight[0, 0] = math.inf
-    with pytest.raises(ValueError, match=r"lower learning_rate|must be finite"):
+    with pytest.raises(ValueError, match="log-probabilities are not finite; lower learning_rate"):
         list(run)
+
+
+def test_a_gradient_that_is_not_finite_costs_no_weights(tokenizer):
+    """Oracle: the weights before the step."""
+    model = build("gpt2")
+    data = dpo.encode(tokenizer, DATA)
+    run = dpo.train(model, tokenizer, data, Config(batch_size=2))
+    next(run)
+    model.transformer.ln_f.bias.register_hook(lambda gradient: gradient * math.nan)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="gradients are not finite"):
+        list(run)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

@@ -75,8 +75,8 @@ def test_the_gradient_is_that_of_the_policy_gradient_by_hand(loss_type, scale):
 
 
 def test_the_first_loss_is_zero_and_still_teaches():
-    """Oracle: at ratio 1 the loss of "bnpo" with whole groups of one length is minus the mean advantage, 0; its gradient
-    is not."""
+    """Oracle: at ratio 1 the loss of "grpo" is minus the mean advantage of the sequences, 0 in each group; its gradient is
+    not."""
     run = started(SMALL)
     metrics = grpo.iterate(run, PROMPTS, early_letters, SMALL)
     assert abs(metrics.loss) < 1e-5

@@ -10,6 +10,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from numbers_and_words import value_and_gradient
 
 from rlhf_helpers.losses import (
     GRPO_TYPES,
@@ -35,13 +36,6 @@ def ppo_batch(seed=0):
     """Log-ratios of both signs, inside and outside the clip range, with advantages of both signs."""
     noise, old, advantages = random_tensors(3, seed)
     return old + 0.5 * noise, old, advantages
-
-
-def value_and_gradient(function, x):
-    x = x.detach().clone().requires_grad_()
-    result = function(x)
-    (gradient,) = torch.autograd.grad(result, x)
-    return result.detach(), gradient
 
 
 def single(number):

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from numbers_and_words import normal, value_and_gradient
 from scipy.stats import logistic
 
 from rlhf_helpers.losses import bradley_terry_loss, plackett_luce_loss, rao_kupper_loss
@@ -17,18 +18,6 @@ from rlhf_helpers.losses import bradley_terry_loss, plackett_luce_loss, rao_kupp
 
 def double(values):
     return torch.tensor(values, dtype=torch.float64)
-
-
-def normal(*shape, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-def value_and_gradient(function, x):
-    x = x.detach().clone().requires_grad_()
-    result = function(x)
-    (gradient,) = torch.autograd.grad(result, x)
-    return result.detach(), gradient
 
 
 def central_differences(function, x, step=1e-6):

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import torch
 from architectures import EOS, build
+from numbers_and_words import WORDS, letters
 from scipy.optimize import minimize_scalar
 from statsmodels.discrete.discrete_model import Logit
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers import models as token_models
-from transformers import GPT2ForSequenceClassification, PreTrainedTokenizerFast
+from transformers import GPT2ForSequenceClassification
 
 from rlhf_helpers import models, preferences, settings
 from rlhf_helpers.algorithms import reward_model as rm
@@ -21,7 +20,6 @@ from rlhf_helpers.algorithms.reward_model import Comparison, Config
 from rlhf_helpers.models import lora_policy
 from rlhf_helpers.worlds import reviews
 
-WORDS = ["<end>", *"abcdefghijklmnopqrstuvwxyz."]
 DATA = [
     Comparison("a b", ("c d e", "f")),
     Comparison("g", ("h", "i j k l")),
@@ -33,12 +31,7 @@ TEXTS = [[1, 2, 3], [4, 5, 6, 7, 8, EOS], [9], [EOS, 10, EOS, EOS]]
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    words = Tokenizer(
-        token_models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<end>")
-    )
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    # pad and end are one token: the hard case
-    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<end>")
+    return letters()
 
 
 def reward_model(architecture="gpt2", tokenizer=None, dtype=torch.float32):

@@ -9,8 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import make_tiny
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging
 
 from rlhf_helpers.algorithms import sft
@@ -24,23 +24,7 @@ PROBLEMS, SAMPLES = 200, 64  # of each level, to measure the pass rates
 
 
 def new_model(tokenizer):
-    torch.manual_seed(SEED)
-    config = GPT2Config(
-        vocab_size=len(tokenizer),
-        n_positions=arithmetic.CONTEXT,
-        n_embd=64,
-        n_layer=2,
-        n_head=4,
-        # the same function as GPT-2's "gelu_new", as one kernel
-        activation_function="gelu_pytorch_tanh",
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return GPT2LMHeadModel(config)
+    return make_tiny.new_model(tokenizer, arithmetic.CONTEXT, width=64)
 
 
 def train(model, tokenizer):

@@ -49,12 +49,12 @@ def train_tokenizer(texts):
     )
 
 
-def new_model(tokenizer):
+def new_model(tokenizer, context=128, width=192):
     torch.manual_seed(SEED)
     config = GPT2Config(
         vocab_size=len(tokenizer),
-        n_positions=128,
-        n_embd=192,
+        n_positions=context,
+        n_embd=width,
         n_layer=2,
         n_head=4,
         # the same function as GPT-2's "gelu_new", as one kernel

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -281,6 +282,7 @@ def update(
     """One step down the gradient of the loss. In micro-batches the gradient is that of the whole.
 
     Returns: means over the pairs, before the step, and the gradient's norm.
+    Raises: ValueError on a log-probability or a gradient that is not finite; there is no step then.
     """
     optimizer.zero_grad()
     count = len(batch.preference)
@@ -289,6 +291,7 @@ def update(
     for rows in torch.arange(count, device=batch.mask.device).split(config.micro_batch or count):
         part = _rows(batch, rows)
         log_probs = response_log_probs(policy, part)
+        _check_finite(log_probs, "log-probabilities")
         found = pair_loss(log_probs, part.reference, lengths[rows], part.preference, config)
         share = len(rows) / count
         (share * found.loss).backward()
@@ -296,6 +299,7 @@ def update(
             sums[name] = sums.get(name, 0.0) + share * value
     trained = [p for p in policy.parameters() if p.requires_grad]
     norm = nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
+    _check_finite(norm, "gradients")
     optimizer.step()
     return sums | {"grad_norm": norm.item()}
 
@@ -352,7 +356,7 @@ def train(
 
     Args:
         policy: a causal language model, LoRA or not, as it should be at the start; it is the
-            reference too.
+            reference too. An adapter must be a fresh one: the reference is what lies under it.
         tokenizer: its tokenizer.
         data: pairs, as `encode` returns them.
         config: the settings.
@@ -361,21 +365,22 @@ def train(
         cache: file for the log-probabilities of the reference, see `cached_log_probs`.
     Yields: Metrics, one a step.
     Raises: ValueError on no data, settings out of range, a label that the variant cannot use, a
-        stale cache, a loss that is not finite.
+        stale cache, an adapter that was trained before, or as `update`.
     Source: Rafailov et al. 2023, "Direct Preference Optimization", section 4.
     """
     _check(config, data)
     policy.eval()  # no dropout: the first loss has to be log 2
     pad, device = tokenizer.pad_token_id, next(policy.parameters()).device
-    reference = _reference(policy, [*data, *held_out], pad, config, cache)
-    frozen = models.reference(policy) if held_out else None
+    # a copy of a plain policy is needed for the KL alone; an adapter is switched off
+    frozen = models.reference(policy) if held_out or isinstance(policy, PeftModel) else None
+    with frozen() if frozen else nullcontext(policy) as model:
+        reference = _reference(model, [*data, *held_out], pad, config, cache)
     optimizer = _optimizer(policy, config)
     steps = config.epochs * sft.steps_per_epoch(data, config)
     for step, rows in enumerate(_order(len(data), config)):
         batch = collate([data[i] for i in rows.tolist()], reference[rows], pad)
         rate = _set_learning_rate(optimizer, step, steps, config)
         found = update(policy, optimizer, _to(batch, device), config)
-        _check_loss(found, step)
         kl = measured = None
         if held_out and ((step + 1) % config.evaluate_every == 0 or step + 1 == steps):
             measured = evaluate(policy, held_out, reference[len(data) :], pad, config)
@@ -385,7 +390,7 @@ def train(
 
 
 def _reference(
-    policy: nn.Module,
+    model: nn.Module,
     examples: list[Example],
     pad_token_id: int,
     config: Config,
@@ -394,8 +399,8 @@ def _reference(
     if config.variant == "simpo":  # knows no reference
         return torch.zeros(len(examples), 2)
     if cache is not None:
-        return cached_log_probs(cache, policy, examples, pad_token_id)
-    return reference_log_probs(policy, examples, pad_token_id)
+        return cached_log_probs(cache, model, examples, pad_token_id)
+    return reference_log_probs(model, examples, pad_token_id)
 
 
 def _order(count: int, config: Config) -> Iterator[Tensor]:
@@ -454,7 +459,15 @@ def sampled_kl(
     # the response is empty: it comes
     tokens, mask, _ = sft.collate([sft.Example(p, []) for p in prompts], tokenizer.pad_token_id)
     luck = torch.Generator(device).manual_seed(config.seed)
-    rollout = _sample(policy, tokenizer, tokens.to(device), mask.to(device), 1, config, luck)
+    rollout = sample(
+        policy,
+        tokens.to(device),
+        mask.to(device),
+        config.max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        generator=luck,
+    )
     return _log_ratio(rollout, frozen, 1).mean().item()
 
 
@@ -499,7 +512,6 @@ def online(
         for rows in _order(len(data), config):
             batch = collate([data[i] for i in rows.tolist()], reference[rows], pad)
             seen.append(update(policy, optimizer, _to(batch, device), config))
-            _check_loss(seen[-1], index)
         found = {name: sum(one[name] for one in seen) / len(seen) for name in seen[0]}
         kl = _log_ratio(rollout, frozen, config.samples_per_prompt).mean().item()
         yield Metrics(index + 1, **found, learning_rate=rate, kl=kl, held_out=None)
@@ -515,26 +527,19 @@ def answers(
 ) -> tuple[Rollout, Tensor]:
     """Responses to B prompts, and the judge's scores of them, [B, samples_per_prompt], on the
     CPU."""
-    device, count = next(policy.parameters()).device, config.samples_per_prompt
-    where = models.encode_prompts(tokenizer, prompts, device)
-    rollout = _sample(policy, tokenizer, *where, count, config, generator)
-    texts = models.decode(
-        tokenizer, rollout.tokens[:, rollout.prompt_length :], rollout.completion_mask
-    )
-    scores = rewards.score(reward, [p for p in prompts for _ in range(count)], texts)
-    return rollout, scores.view(-1, count)
+    group = config.samples_per_prompt
+    found = ppo.respond(policy, tokenizer, prompts, reward, generator, group, config.max_new_tokens)
+    return found.rollout, found.scores.view(-1, group).cpu()
 
 
-def judged(
-    rollout: Rollout, scores: Tensor, first: Tensor, second: Tensor, hard: bool = False
-) -> list[Example]:
+def judged(rollout: Rollout, scores: Tensor, first: Tensor, second: Tensor) -> list[Example]:
     """Two responses of each prompt as a pair; equal ones are left out.
 
     Args:
         rollout: N = B·G responses, those of a prompt next to each other.
         scores: [B, G], log-odds.
-        first, second: [B], which of the G; the one with the higher score becomes the chosen one.
-        hard: whether the label is 1 in place of σ(difference of scores).
+        first, second: [B], which of the G; the one with the higher score becomes the chosen one, with
+            the label σ(difference of scores).
     Raises: ValueError if no pair is left.
     """
     found = []
@@ -548,7 +553,7 @@ def judged(
         sides = [tokens[row, width:][mask[row, width:]].tolist() for row in rows]
         if sides[0] != sides[1]:
             gap = (scores[index, best] - scores[index, worst]).item()
-            label = 1.0 if hard else torch.sigmoid(torch.tensor(gap)).item()
+            label = torch.sigmoid(torch.tensor(gap)).item()
             found.append(Example(prompt, *sides, label))
     if not found:
         raise ValueError("policy gave equal responses to each prompt; nothing can be compared")
@@ -601,27 +606,6 @@ def rejection_sampled(
     usable = kept.gather(1, two).all(1)
     # a pair of a response with itself is left out
     return judged(rollout, scores, two[:, 0], torch.where(usable, two[:, 1], two[:, 0]))
-
-
-def _sample(
-    policy: nn.Module,
-    tokenizer: Tokenizer,
-    tokens: Tensor,
-    mask: Tensor,
-    count: int,
-    config: Config,
-    generator: torch.Generator,
-) -> Rollout:
-    return sample(
-        policy,
-        tokens,
-        mask,
-        config.max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        samples_per_prompt=count,
-        generator=generator,
-    )
 
 
 def _log_ratio(rollout: Rollout, frozen: Callable, count: int) -> Tensor:
@@ -678,9 +662,9 @@ def train_exact(
 # --- checks ----------------------------------------------------------------------------------------
 
 
-def _check_loss(found: dict[str, float], step: int) -> None:
-    if not math.isfinite(found["loss"]) or not math.isfinite(found["grad_norm"]):
-        raise ValueError(f"the loss is {found['loss']} at step {step + 1}; lower learning_rate")
+def _check_finite(values: Tensor, what: str) -> None:
+    if not torch.isfinite(values).all():
+        raise ValueError(f"the {what} are not finite; lower learning_rate or max_grad_norm")
 
 
 def _check(config: Config, data: Sequence[Example] | None = None, soft: bool = False) -> None:

@@ -26,10 +26,10 @@ from rlhf_helpers.advantages import (
     group_relative_advantages,
     leave_one_out_advantages,
 )
-from rlhf_helpers.algorithms import ppo, sft
+from rlhf_helpers.algorithms import ppo
 from rlhf_helpers.logprobs import completion_log_probs
 from rlhf_helpers.losses import GRPO_TYPES, IMPORTANCE, grpo_loss
-from rlhf_helpers.rollout import sample, write
+from rlhf_helpers.rollout import write
 from rlhf_helpers.worlds import arithmetic
 
 SCALES = (*ADVANTAGE_SCALES, "leave-one-out")
@@ -134,11 +134,8 @@ class Run:
     optimizer: torch.optim.Optimizer
     sampling: torch.Generator  # on the policy's device
     order: torch.Generator
-    next_prompt: int = 0  # how many prompts have been taken
+    rounds: int = 0  # of sampling, so far
     history: list[Metrics] = field(default_factory=list)
-
-
-Draw = Callable[[int], list[int]]  # how many prompts -> their numbers
 
 
 # --- groups ----------------------------------------------------------------------------------------
@@ -157,24 +154,11 @@ def groups(
 
     Raises: ValueError as `rewards.score`.
     """
-    group, tokenizer = config.samples_per_prompt, run.tokenizer
-    device = next(run.policy.parameters()).device
-    rollout = sample(
-        run.policy,
-        *models.encode_prompts(tokenizer, prompts, device),
-        config.max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        temperature=config.temperature,
-        samples_per_prompt=group,
-        generator=run.sampling,
+    group, how = config.samples_per_prompt, (config.max_new_tokens, config.temperature)
+    rollout, _, scores, ended = ppo.respond(
+        run.policy, run.tokenizer, prompts, reward, run.sampling, group, *how, columns
     )
     mask = rollout.completion_mask
-    completions = rollout.tokens[:, rollout.prompt_length :]
-    texts = models.decode(tokenizer, completions, mask)
-    repeated = {k: [x for x in v for _ in range(group)] for k, v in (columns or {}).items()}
-    scores = rewards.score(reward, [p for p in prompts for _ in range(group)], texts, **repeated)
-    scores = scores.to(device, torch.float32)
     where = (rollout.tokens, rollout.attention_mask, mask.shape[1])
     ref_log_probs = None
     if run.reference is not None:
@@ -182,7 +166,6 @@ def groups(
             ref_log_probs = completion_log_probs(
                 model, *where, config.temperature, samples_per_prompt=group
             )
-    ended = ((completions == tokenizer.eos_token_id) & mask).any(1)
     advantages = advantages_of(scores, config)
     logs = (rollout.log_probs, ref_log_probs, scores, advantages, ended, len(scores))
     return Batch(*where[:2], mask, *logs)
@@ -222,7 +205,8 @@ def collect(
     found: list[Batch] = []
     shares = []
     for _ in range(config.rounds if config.constant_groups == "resample" else 1):
-        chosen = _next_prompts(run, len(prompts), config)
+        chosen = ppo.prompt_indices(len(prompts), run.rounds, config)
+        run.rounds += 1
         some = {name: [values[i] for i in chosen] for name, values in (columns or {}).items()}
         batch = groups(run, [prompts[i] for i in chosen], reward, config, some)
         batch, share = kept(batch, config)
@@ -240,16 +224,6 @@ def collect(
 
 def _varied(batch: Batch) -> bool:
     return bool((batch.advantages != 0).any())
-
-
-def _next_prompts(run: Run, count: int, config: Config) -> list[int]:
-    """Numbers of the next prompts: a random order of all of them, a new order for each pass."""
-    found = []
-    for place in range(run.next_prompt, run.next_prompt + config.prompts):
-        generator = torch.Generator().manual_seed(1_000_003 * config.seed + place // count)
-        found.append(int(torch.randperm(count, generator=generator)[place % count]))
-    run.next_prompt += config.prompts
-    return found
 
 
 def _rows(batch: Batch, rows: Tensor) -> Batch:
@@ -350,7 +324,7 @@ def start(policy: nn.Module, tokenizer: Tokenizer, config: Config) -> Run:
         policy,
         tokenizer,
         models.reference(policy) if config.beta else None,
-        torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0),
+        torch.optim.AdamW([{"params": trained, "highest": config.learning_rate}], weight_decay=0.0),
         torch.Generator(device).manual_seed(config.seed),
         torch.Generator().manual_seed(config.seed),
     )
@@ -396,11 +370,7 @@ def train(
         _restore(run, checkpoint.load(folder, identity))
         yield from run.history
     for index in range(len(run.history), config.iterations):
-        rate = sft.learning_rate_at(
-            index, config.iterations, sft.Config(config.learning_rate, warm_up=config.warm_up)
-        )
-        for parameters in run.optimizer.param_groups:
-            parameters["lr"] = rate
+        ppo._set_learning_rate(run.optimizer, index, config)
         metrics = iterate(run, prompts, reward, config, columns)
         run.history.append(metrics)
         due = metrics.iteration % save_every == 0 or metrics.iteration == config.iterations
@@ -491,7 +461,7 @@ def _state(run: Run) -> dict[str, Any]:
         "optimizer": run.optimizer.state_dict(),
         "sampling": run.sampling.get_state(),
         "order": run.order.get_state(),
-        "next_prompt": run.next_prompt,
+        "rounds": run.rounds,
         "history": [list(metrics) for metrics in run.history],
     }
 
@@ -505,7 +475,7 @@ def _restore(run: Run, found: checkpoint.Checkpoint | None) -> None:
     run.optimizer.load_state_dict(found.state["optimizer"])
     run.sampling.set_state(found.state["sampling"])
     run.order.set_state(found.state["order"])
-    run.next_prompt = found.state["next_prompt"]
+    run.rounds = found.state["rounds"]
     run.history = [Metrics(*values) for values in found.state["history"]]
 
 

@@ -36,7 +36,7 @@ from rlhf_helpers.logprobs import (
     token_log_probs,
 )
 from rlhf_helpers.losses import PolicyLoss, ppo_clip_loss, value_loss
-from rlhf_helpers.rollout import sample
+from rlhf_helpers.rollout import Rollout, sample
 
 BASELINES = ("value", "group", "none")
 # the ratio of an unchanged policy is 1 up to the rounding of float32
@@ -214,6 +214,51 @@ def kl_rewards(
     return rewards
 
 
+class Responses(NamedTuple):
+    """Completions of a policy and what a judge said of them; samples of one prompt are
+    neighbours."""
+
+    rollout: Rollout
+    texts: list[str]  # N
+    scores: Tensor  # [N], float32, on the policy's device
+    ended: Tensor  # [N], whether it came to its end token
+
+
+@torch.no_grad()
+def respond(
+    policy: nn.Module,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    reward: rewards.Reward,
+    generator: torch.Generator,
+    samples_per_prompt: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    columns: Mapping[str, Sequence] | None = None,
+) -> Responses:
+    """Sample completions of each prompt, and score them.
+
+    Raises: ValueError as `rewards.score`.
+    """
+    group, device = samples_per_prompt, next(policy.parameters()).device
+    rollout = sample(
+        policy,
+        *models.encode_prompts(tokenizer, prompts, device),
+        max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        temperature=temperature,
+        samples_per_prompt=group,
+        generator=generator,
+    )
+    completions = rollout.tokens[:, rollout.prompt_length :]
+    texts = models.decode(tokenizer, completions, rollout.completion_mask)
+    ended = ((completions == tokenizer.eos_token_id) & rollout.completion_mask).any(1)
+    repeated = {k: [x for x in v for _ in range(group)] for k, v in (columns or {}).items()}
+    scores = rewards.score(reward, [p for p in prompts for _ in range(group)], texts, **repeated)
+    return Responses(rollout, texts, scores.to(device, torch.float32), ended)
+
+
 @torch.no_grad()
 def collect(
     run: Run,
@@ -229,25 +274,12 @@ def collect(
     """
     for owner, weights in _weights(run).items():
         _check_finite(**{f"{owner}.{name}": weight for name, weight in weights.items()})
-    group, tokenizer = config.samples_per_prompt, run.tokenizer
-    device = next(run.policy.parameters()).device
-    rollout = sample(
-        run.policy,
-        *models.encode_prompts(tokenizer, prompts, device),
-        config.max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        temperature=config.temperature,
-        samples_per_prompt=group,
-        generator=run.sampling,
+    group, how = config.samples_per_prompt, (config.max_new_tokens, config.temperature)
+    rollout, texts, scores, ended = respond(
+        run.policy, run.tokenizer, prompts, reward, run.sampling, group, *how, columns
     )
     mask = rollout.completion_mask
-    completions = rollout.tokens[:, rollout.prompt_length :]
-    texts = models.decode(tokenizer, completions, mask)
-    ended = ((completions == tokenizer.eos_token_id) & mask).any(1)
-    repeated = {k: [x for x in v for _ in range(group)] for k, v in (columns or {}).items()}
-    scores = rewards.score(reward, [p for p in prompts for _ in range(group)], texts, **repeated)
-    scores = scores.to(device, torch.float32) - config.missing_end_penalty * ~ended
+    scores = scores - config.missing_end_penalty * ~ended
     where = (rollout.tokens, rollout.attention_mask, mask.shape[1])
     with run.reference() as reference:
         ref_log_probs = completion_log_probs(
@@ -634,7 +666,7 @@ def evaluate(
     return Evaluation(texts, scores, (rollout.log_probs - ref_log_probs).sum(1).double().cpu())
 
 
-def prompt_indices(count: int, iteration: int, config: Config) -> list[int]:
+def prompt_indices(count: int, iteration: int, config: Any) -> list[int]:
     """Which prompts iteration 0, 1, … takes: the next ones of a random order, a new order for each
     pass; it depends on the settings alone, so that a run can go on anywhere."""
     found: list[int] = []
@@ -644,7 +676,7 @@ def prompt_indices(count: int, iteration: int, config: Config) -> list[int]:
     return found
 
 
-def _set_learning_rate(optimizer: torch.optim.Optimizer, index: int, config: Config) -> None:
+def _set_learning_rate(optimizer: torch.optim.Optimizer, index: int, config: Any) -> None:
     shape = sft.Config(learning_rate=1.0, warm_up=config.warm_up)
     for group in optimizer.param_groups:
         group["lr"] = group["highest"] * sft.learning_rate_at(index, config.iterations, shape)

@@ -12,7 +12,7 @@ TINY = str(Path(__file__).parent / "assets" / "tiny-gpt2")
 # The reward model that chapter 06 trains on it.
 TINY_REWARD = str(Path(__file__).parent / "assets" / "tiny-reward")
 
-# The model that adds, carelessly, for chapter 09.
+# The model that adds, carelessly, of chapter 09.
 TINY_ARITHMETIC = str(Path(__file__).parent / "assets" / "tiny-arithmetic")
 
 
@@ -37,6 +37,10 @@ class Settings:
         ppo_micro_batch: prompts that go through the model at once in an update, so that GPT-2 fits
             into the memory of a small GPU; None takes a mini-batch whole.
         dpo_learning_rate, dpo_beta: of chapter 08.
+        arithmetic_model: folder of the model that adds, for chapter 09; "" where `model` has to be
+            fine-tuned on demonstrations first.
+        demonstrations: how many of them.
+        grpo_iterations, grpo_learning_rate: of chapter 09.
         reward_model: folder of the one that chapter 06 trains; "" where it has to be trained.
     """
 
@@ -59,6 +63,10 @@ class Settings:
     ppo_micro_batch: int | None
     dpo_learning_rate: float
     dpo_beta: float
+    arithmetic_model: str
+    demonstrations: int
+    grpo_iterations: int
+    grpo_learning_rate: float
 
 
 def _tiny() -> Settings:
@@ -82,6 +90,10 @@ def _tiny() -> Settings:
         ppo_micro_batch=None,
         dpo_learning_rate=5e-4,
         dpo_beta=0.1,
+        arithmetic_model=TINY_ARITHMETIC,
+        demonstrations=0,
+        grpo_iterations=300,
+        grpo_learning_rate=7e-4,
     )
 
 
@@ -108,6 +120,10 @@ def _gpt2() -> Settings:
         ppo_micro_batch=2,
         dpo_learning_rate=1e-5,
         dpo_beta=0.1,
+        arithmetic_model="",
+        demonstrations=6400,
+        grpo_iterations=100,
+        grpo_learning_rate=1e-5,
     )
 
 

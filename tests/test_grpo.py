@@ -4,13 +4,15 @@ that teach nothing, and the optimum that can be listed."""
 import copy
 import math
 import zlib
+from dataclasses import replace
 
 import pytest
 import torch
 from architectures import EOS, build
+from scipy import stats
 
 from rlhf_helpers import models, settings
-from rlhf_helpers.algorithms import grpo
+from rlhf_helpers.algorithms import grpo, sft
 from rlhf_helpers.algorithms.grpo import Config
 from rlhf_helpers.algorithms.ppo import TrainingStopped
 from rlhf_helpers.logprobs import completion_log_probs
@@ -130,9 +132,9 @@ def test_constant_groups_are_kept_dropped_or_replaced():
     for what, rows in (("keep", 6), ("drop", 3), ("resample", 6)):
         config = Config(**{**SMALL.__dict__, "constant_groups": what, "rounds": 8})
         run = started(config)
-        batch, share = grpo.collect(run, ["ab", "c"], constant_for("a"), config)
+        batch, told = grpo.collect(run, ["ab", "c"], constant_for("a"), config)
         assert len(batch.rewards) == rows
-        assert share == 0.5
+        assert told["constant"] == 0.5
         assert batch.sampled == (12 if what == "resample" else 6)
         assert (batch.advantages != 0).any()
 
@@ -159,21 +161,69 @@ def test_batches_of_unequal_widths_are_joined():
     assert torch.equal(joined.rewards, torch.cat([p.rewards for p in parts]))
 
 
+# --- curriculum ------------------------------------------------------------------------------------
+
+
+def test_the_chances_of_kinds_by_hand():
+    """Oracle: 90 % by p(1 − p) of two kinds and 10 % evenly; a kind not seen counts as the best."""
+    found = grpo.chances(["easy", "fair", "new"], {"easy": 0.05, "fair": 0.25})
+    shares = {"easy": 0.05 / 0.55, "fair": 0.25 / 0.55, "new": 0.25 / 0.55}
+    assert found == pytest.approx({kind: 0.1 / 3 + 0.9 * share for kind, share in shares.items()})
+    assert grpo.chances(["a", "b"], {"a": 0.0, "b": 0.0}) == pytest.approx({"a": 0.5, "b": 0.5})
+
+
+def test_prompts_are_drawn_as_the_chances_say():
+    """Oracle: a χ² test of 4,000 drawn kinds, at 1 in 10,000; and prompts of a kind are drawn evenly."""
+    run = started()
+    run.learnability = {"a": 0.2, "b": 0.05}
+    kinds = ["a", "b", "b", "a", "b"]
+    drawn = grpo.draw(run, 5, Config(prompts=4000), kinds)
+    wanted = grpo.chances(["a", "b"], run.learnability)
+    expected = [4000 * wanted[kind] / kinds.count(kind) for kind in kinds]
+    counts = [drawn.count(i) for i in range(5)]
+    statistic = sum((c - e) ** 2 / e for c, e in zip(counts, expected, strict=True))
+    assert statistic < stats.chi2.ppf(0.9999, 4)
+
+
+def test_what_is_known_of_a_kind_is_a_running_mean_of_the_variance():
+    """Oracle: by hand. Rewards 1, 0, 0 vary by 1/3, equal ones by 0; a first group sets the mean."""
+    run = started()
+    batch = grpo.groups(run, PROMPTS[:2], early_letters, SMALL)
+    one = batch._replace(rewards=torch.tensor([1.0, 0, 0, 5, 5, 5]))
+    grpo.note(run, one, ["a", "b"], SMALL)
+    assert run.learnability == pytest.approx({"a": 1 / 3, "b": 0.0})
+    grpo.note(run, one, ["b", "b"], SMALL)
+    assert run.learnability == pytest.approx({"a": 1 / 3, "b": (1 - grpo.FORGET) * grpo.FORGET / 3})
+
+
+def test_a_curriculum_leaves_alone_what_teaches_nothing():
+    """Oracle: two kinds, one of them with constant rewards: it gets its even share alone."""
+    config = Config(**{**SMALL.__dict__, "iterations": 40, "prompts": 8, "learning_rate": 1e-5})
+    kinds = ["taught", "constant"]
+    history = list(grpo.train(build("gpt2"), Letters(), ["ab", "c"], constant_for("a"), config, kinds=kinds))  # fmt: skip
+    late = [one.shares.get("constant", 0.0) for one in history[10:]]
+    assert 0.0 < sum(late) / len(late) < 0.15
+    assert sum(history[-1].shares.values()) == pytest.approx(1.0)
+
+
 # --- runs ------------------------------------------------------------------------------------------
 
 
-def weights_after(folder=None, stop=None, **changes):
+def weights_after(folder=None, stop=None, kinds=None, **changes):
     config = Config(**{**SMALL.__dict__, **changes})
     policy = build("gpt2")
     history = []
-    for metrics in grpo.train(policy, Letters(), PROMPTS, early_letters, config, folder=folder, save_every=1):  # fmt: skip
+    for metrics in grpo.train(policy, Letters(), PROMPTS, early_letters, config, None, kinds, folder, 1):  # fmt: skip
         history.append(metrics)
         if metrics.iteration == stop:
             break
     return policy.state_dict(), history
 
 
-@pytest.mark.parametrize("changes", [{}, {"constant_groups": "resample", "beta": 0.1}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"constant_groups": "resample", "beta": 0.1}, {"kinds": ["a", "b", "b", "a"]}],
+)
 def test_a_run_that_goes_on_ends_with_the_same_weights(changes, tmp_path):
     """Oracle: the run that was not interrupted, to the bit (one thread)."""
     threads = torch.get_num_threads()
@@ -186,6 +236,7 @@ def test_a_run_that_goes_on_ends_with_the_same_weights(changes, tmp_path):
         torch.set_num_threads(threads)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert [m.reward for m in again] == [m.reward for m in history]
+    assert [m.shares for m in again] == [m.shares for m in history]
     with pytest.raises(ValueError, match="learning_rate"):
         weights_after(tmp_path, **changes | {"learning_rate": 0.5})
 
@@ -249,11 +300,31 @@ def test_bad_settings_are_named(change, message):
         next(grpo.train(build("gpt2"), Letters(), PROMPTS, early_letters, config))
 
 
-def test_bad_prompts_and_columns_are_named():
-    for prompts, columns, message in (
-        ([], None, "prompts must be"),
-        ("ab", None, "prompts must be"),
-        (PROMPTS, {"answer": ["1"]}, "columns"),
+def test_bad_prompts_columns_and_kinds_are_named():
+    for prompts, columns, kinds, message in (
+        ([], None, None, "prompts must be"),
+        ("ab", None, None, "prompts must be"),
+        (PROMPTS, {"answer": ["1"]}, None, "columns"),
+        (PROMPTS, None, ["a"], "kinds has 1"),
+        (PROMPTS, None, [1, 2, 3, 4], "kinds must be texts"),
     ):
         with pytest.raises(ValueError, match=message):
-            next(grpo.train(build("gpt2"), Letters(), prompts, early_letters, SMALL, columns))
+            next(
+                grpo.train(build("gpt2"), Letters(), prompts, early_letters, SMALL, columns, kinds)
+            )
+
+
+def test_the_model_of_chapter_09_is_read_or_made():
+    """Oracle: the shipped weights; and at gpt2 a model whose demonstrations have become likelier."""
+    run = settings.load()
+    shipped, _ = models.load(run.arithmetic_model)
+    found, _ = grpo.of_chapter_09(run)
+    assert models.weights_digest(found) == models.weights_digest(shipped)
+    # the language model of scale tiny stands in for GPT-2
+    made = replace(run, arithmetic_model="", demonstrations=320)
+    policy, tokenizer = grpo.of_chapter_09(made)
+    before, _ = models.load(run.model)
+    pairs = arithmetic.demonstrations(100, seed=1)
+    now, then = (sft.cross_entropy(one, tokenizer, pairs) for one in (policy, before))
+    assert now < then - 0.5
+    assert not policy.training

@@ -26,16 +26,19 @@ from rlhf_helpers.advantages import (
     group_relative_advantages,
     leave_one_out_advantages,
 )
-from rlhf_helpers.algorithms import ppo
+from rlhf_helpers.algorithms import ppo, sft
 from rlhf_helpers.logprobs import completion_log_probs
 from rlhf_helpers.losses import GRPO_TYPES, IMPORTANCE, grpo_loss
 from rlhf_helpers.rollout import write
+from rlhf_helpers.settings import Settings
 from rlhf_helpers.worlds import arithmetic
 
 SCALES = (*ADVANTAGE_SCALES, "leave-one-out")
 CONSTANT_GROUPS = ("keep", "drop", "resample")
 _COUNTS = ("iterations", "prompts", "samples_per_prompt", "max_new_tokens", "epochs", "mini_batches", "rounds")  # fmt: skip
 _POSITIVE = ("temperature", "learning_rate", "max_grad_norm", "clip")
+FORGET = 0.02  # how much of what is known of a kind of prompt each new group of it replaces
+EVEN = 0.1  # share of the prompts that a curriculum draws from all kinds alike
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,7 @@ class Metrics(NamedTuple):
     length_right: float  # of completions with more than their group's mean reward; NaN if none
     length_wrong: float  # of those with less
     unended: float  # share of completions without an end
+    shares: dict[str, float]  # of each kind among the sampled prompts; empty without kinds
     kl: float  # log π − log π_ref summed over tokens, mean over sequences; NaN without a reference
     loss: float  # mean over the updates; 0 at the first update of a batch, whatever is learned
     clip_fraction: float
@@ -135,6 +139,8 @@ class Run:
     sampling: torch.Generator  # on the policy's device
     order: torch.Generator
     rounds: int = 0  # of sampling, so far
+    # of a kind of prompt: variance of the rewards within a group, a running mean
+    learnability: dict[str, float] = field(default_factory=dict)
     history: list[Metrics] = field(default_factory=list)
 
 
@@ -190,25 +196,71 @@ def kept(batch: Batch, config: Config) -> tuple[Batch, float]:
     return _rows(batch, rows), share
 
 
+def chances(kinds: Sequence[str], learnability: Mapping[str, float]) -> dict[str, float]:
+    """The curriculum: the chance of each kind of prompt to be drawn next.
+
+    It grows with the kind's learnability, the variance of the rewards within its groups: p(1 − p)
+    where a share p of the answers is right, so most where that is one half and none where all
+    answers are right or all wrong. A kind that was never drawn counts as the best one known. A
+    share `EVEN` goes to all kinds alike, so that what cannot be learned yet is looked at again.
+
+    Args:
+        kinds: the different kinds.
+        learnability: of those that were drawn before.
+    Source: Foster et al. 2025, "Learning to Reason at the Frontier of Learnability", by kinds of prompts instead of single ones.
+    """
+    best = max(learnability.values(), default=1.0)
+    found = {kind: learnability.get(kind, best) for kind in kinds}
+    total = sum(found.values())
+    even = 1 / len(found)
+    return {k: EVEN * even + (1 - EVEN) * (v / total if total else even) for k, v in found.items()}
+
+
+def draw(run: Run, count: int, config: Config, kinds: Sequence[str] | None) -> list[int]:
+    """Which of `count` prompts come next: in a random order, or with `kinds` by the curriculum."""
+    if kinds is None:
+        return ppo.prompt_indices(count, run.rounds, config)
+    names = sorted(set(kinds))
+    odds = torch.tensor(list(chances(names, run.learnability).values()))
+    drawn = torch.multinomial(odds, config.prompts, replacement=True, generator=run.order)
+    members = {name: [i for i, kind in enumerate(kinds) if kind == name] for name in names}
+    luck = torch.rand(config.prompts, generator=run.order).tolist()
+    pools = [members[names[kind]] for kind in drawn.tolist()]
+    return [pool[int(u * len(pool))] for pool, u in zip(pools, luck, strict=True)]
+
+
+def note(run: Run, batch: Batch, kinds: Sequence[str], config: Config) -> None:
+    """Keep in mind how much the rewards of each kind of prompt varied."""
+    spread = batch.rewards.double().view(-1, config.samples_per_prompt).var(1).tolist()
+    for kind, variance in zip(kinds, spread, strict=True):
+        known = run.learnability.get(kind, variance)
+        run.learnability[kind] = known + FORGET * (variance - known)
+
+
 def collect(
     run: Run,
     prompts: Sequence[str],
     reward: rewards.Reward,
     config: Config,
     columns: Mapping[str, Sequence] | None = None,
-) -> tuple[Batch, float]:
-    """One iteration's batch, and the share of constant groups among those that were sampled.
+    kinds: Sequence[str] | None = None,
+) -> tuple[Batch, dict[str, Any]]:
+    """One iteration's batch; and of the groups that were sampled, the share of constant ones and
+    that of each kind.
 
     With "resample", rounds of new prompts follow until there are as many groups with something to
     learn as the settings ask for, or `rounds` have passed.
     """
     found: list[Batch] = []
-    shares = []
+    shares, seen = [], []
     for _ in range(config.rounds if config.constant_groups == "resample" else 1):
-        chosen = ppo.prompt_indices(len(prompts), run.rounds, config)
+        chosen = draw(run, len(prompts), config, kinds)
         run.rounds += 1
         some = {name: [values[i] for i in chosen] for name, values in (columns or {}).items()}
         batch = groups(run, [prompts[i] for i in chosen], reward, config, some)
+        if kinds is not None:
+            seen += [kinds[i] for i in chosen]
+            note(run, batch, seen[-len(chosen) :], config)
         batch, share = kept(batch, config)
         found.append(batch)
         shares.append(share)
@@ -219,7 +271,9 @@ def collect(
     sampled = sum(one.sampled for one in found)
     most = config.prompts * config.samples_per_prompt
     keep = torch.arange(len(batch.rewards), device=batch.rewards.device) < most
-    return _rows(batch, keep)._replace(sampled=sampled), sum(shares) / len(shares)
+    drawn = {kind: seen.count(kind) / len(seen) for kind in sorted(set(seen))}
+    told = {"constant": sum(shares) / len(shares), "shares": drawn}
+    return _rows(batch, keep)._replace(sampled=sampled), told
 
 
 def _varied(batch: Batch) -> bool:
@@ -281,6 +335,7 @@ def update(run: Run, batch: Batch, config: Config) -> dict[str, float]:
 
 def step(run: Run, batch: Batch, config: Config, first: bool = False) -> dict[str, float]:
     """One step down the gradient of the loss on some groups."""
+    run.optimizer.zero_grad()  # the last gradients need not lie beside the activations
     where = (batch.tokens, batch.attention_mask, batch.mask.shape[1])
     log_probs = completion_log_probs(
         run.policy, *where, config.temperature, samples_per_prompt=config.samples_per_prompt
@@ -301,7 +356,6 @@ def step(run: Run, batch: Batch, config: Config, first: bool = False) -> dict[st
         config.max_new_tokens,
         config.bias_correct_kl,
     )
-    run.optimizer.zero_grad()
     found.loss.backward()
     trained = [p for p in run.policy.parameters() if p.requires_grad]
     norm = nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
@@ -337,6 +391,7 @@ def train(
     reward: rewards.Reward,
     config: Config,
     columns: Mapping[str, Sequence] | None = None,
+    kinds: Sequence[str] | None = None,
     folder: str | Path | None = None,
     save_every: int = 10,
 ) -> Iterator[Metrics]:
@@ -350,6 +405,8 @@ def train(
         config: the settings.
         columns: further columns, as long as `prompts`, that the reward function is given, e.g. the
             right answers.
+        kinds: the kind of each prompt, e.g. its level; kinds whose groups teach most are then drawn
+            most often, see `chances`. None takes the prompts in a random order.
         folder: where checkpoints are written. If it holds one, the run goes on from there: pass the
             same arguments, the policy as it was at the start included.
         save_every: iterations from one checkpoint to the next; the last is always kept.
@@ -358,12 +415,13 @@ def train(
         a name, on a fault that more iterations would not mend.
     Source: Shao et al. 2024, "DeepSeekMath", algorithm 1.
     """
-    _check(config, prompts, columns)
+    _check(config, prompts, columns, kinds)
     in_range(save_every, "save_every", 1)
     run = start(policy, tokenizer, config)
+    further = {name: list(values) for name, values in (columns or {}).items()}
     identity = {
         "config": asdict(config),
-        "prompts": ppo._digest([list(prompts), {k: list(v) for k, v in (columns or {}).items()}]),
+        "prompts": ppo._digest([list(prompts), further, kinds and list(kinds)]),
         "start": models.weights_digest(policy),
     }
     if folder is not None:
@@ -371,7 +429,7 @@ def train(
         yield from run.history
     for index in range(len(run.history), config.iterations):
         ppo._set_learning_rate(run.optimizer, index, config)
-        metrics = iterate(run, prompts, reward, config, columns)
+        metrics = iterate(run, prompts, reward, config, columns, kinds)
         run.history.append(metrics)
         due = metrics.iteration % save_every == 0 or metrics.iteration == config.iterations
         if folder is not None and due:
@@ -385,15 +443,16 @@ def iterate(
     reward: rewards.Reward,
     config: Config,
     columns: Mapping[str, Sequence] | None = None,
+    kinds: Sequence[str] | None = None,
 ) -> Metrics:
     """One iteration: collect, update, measure."""
     begin = time.perf_counter()
-    batch, constant = collect(run, prompts, reward, config, columns)
+    batch, told = collect(run, prompts, reward, config, columns, kinds)
     collected = time.perf_counter()
     after = update(run, batch, config)
     return Metrics(
         iteration=len(run.history) + 1,
-        constant=constant,
+        **told,
         **measure(batch, config),
         **after,
         rollout_seconds=collected - begin,
@@ -448,6 +507,21 @@ def solve(
     return torch.tensor(right).view(len(problems), samples) == 1.0
 
 
+def of_chapter_09(run: Settings) -> tuple[nn.Module, Tokenizer]:
+    """The model that adds, carelessly, and its tokenizer: read from the package at scale tiny, made
+    anew at gpt2 from demonstrations of a careless writer, which takes minutes.
+
+    Raises: OSError as `models.load`.
+    """
+    policy, tokenizer = models.load(run.arithmetic_model or run.model, device=run.device)
+    if not run.arithmetic_model:
+        examples = arithmetic.demonstrations(run.demonstrations)
+        config = sft.Config(learning_rate=run.sft_learning_rate, batch_size=32)
+        for _ in sft.train(policy, tokenizer, examples, config):
+            pass
+    return policy, tokenizer
+
+
 # --- a run that goes on ----------------------------------------------------------------------------
 
 
@@ -462,6 +536,7 @@ def _state(run: Run) -> dict[str, Any]:
         "sampling": run.sampling.get_state(),
         "order": run.order.get_state(),
         "rounds": run.rounds,
+        "learnability": run.learnability,
         "history": [list(metrics) for metrics in run.history],
     }
 
@@ -476,15 +551,26 @@ def _restore(run: Run, found: checkpoint.Checkpoint | None) -> None:
     run.sampling.set_state(found.state["sampling"])
     run.order.set_state(found.state["order"])
     run.rounds = found.state["rounds"]
+    run.learnability = found.state["learnability"]
     run.history = [Metrics(*values) for values in found.state["history"]]
 
 
-def _check(config: Config, prompts: Sequence[str], columns: Mapping[str, Sequence] | None) -> None:
+def _check(
+    config: Config,
+    prompts: Sequence[str],
+    columns: Mapping[str, Sequence] | None,
+    kinds: Sequence[str] | None,
+) -> None:
     if isinstance(prompts, str) or not prompts:
         raise ValueError("prompts must be a list of at least one text")
     for name, values in (columns or {}).items():
         if len(values) != len(prompts):
             raise ValueError(f"columns[{name!r}] has {len(values)} entries for {len(prompts)} prompts")  # fmt: skip
+    if kinds is not None:
+        if len(kinds) != len(prompts):
+            raise ValueError(f"kinds has {len(kinds)} entries for {len(prompts)} prompts")
+        if not all(isinstance(kind, str) for kind in kinds):
+            raise ValueError('kinds must be texts, e.g. "level 3"')
     one_of(config.scale, SCALES, "scale")
     one_of(config.loss_type, GRPO_TYPES, "loss_type")
     one_of(config.importance, IMPORTANCE, "importance")

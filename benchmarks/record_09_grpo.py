@@ -1,0 +1,417 @@
+"""Record the sweeps of chapter 09, on sums and on the exact language: rlhf_helpers/assets/results/09_grpo.json.
+
+With the names of some parts (methods, bias, signal, exact), these alone are made, and printed.
+"""
+
+import copy
+import json
+import math
+import sys
+import time
+from dataclasses import asdict, replace
+
+import torch
+from record_08_dpo_derivation import Case, ppo_config
+from torch import nn
+
+from rlhf_helpers import settings
+from rlhf_helpers.algorithms import grpo, ppo, sft
+from rlhf_helpers.book.notebook import record_sweep
+from rlhf_helpers.worlds import arithmetic, enumerable
+
+SEEDS = [0, 1, 2, 3, 4]
+SWEEP_SEEDS = [0, 1, 2]
+LEVEL = 3
+HELD_OUT = 200
+SAMPLES = 64  # of a problem, before and after
+KS = [1, 2, 4, 8, 16, 32, 64]
+EVERY = 50  # iterations from one look at held-out problems to the next
+LOOK = {"problems": 100, "samples": 8}
+LONG = 32  # tokens, where answers may become long
+ROUNDS = 10  # of rejection sampling and fine-tuning
+SHORT = 75  # iterations, a quarter of the samples
+# several passes over a batch, and what keeps them in bounds
+REUSE = {
+    "one pass": {},
+    "four passes": {"epochs": 4},
+    "four passes, no clipping": {"epochs": 4, "clip": 0.999, "clip_high": 1e9},
+    "four passes, sequence ratio, ε = 0.2": {"epochs": 4, "importance": "sequence"},
+    "four passes, sequence ratio, ε = 0.003": {"epochs": 4, "importance": "sequence", "clip": 3e-3, "clip_high": 4e-3},
+    "four passes, clip higher": {"epochs": 4, "clip_high": 0.28},
+}  # fmt: skip
+# advantages and weights, at the full number of samples
+WEIGHTS = {
+    "grpo": {"loss_type": "grpo"},
+    "dapo": {"loss_type": "dapo", "clip_high": 0.28, "constant_groups": "resample"},
+    "dr_grpo, divided by std": {"loss_type": "dr_grpo"},
+    "dr_grpo": {"loss_type": "dr_grpo", "scale": "none"},
+}
+# a data set of which most is too hard: how many problems of each level
+MOSTLY_HARD = {1: 80, 2: 600, 3: 600, 4: 12_000}
+HARD_ITERATIONS = 200
+# how fast is a policy that solves this share? ten small steps from policies along a run
+STOPS = [5, 12, 20, 40, 80, 160, 280]
+SPEED = {"iterations": 10, "learning_rate": 1e-4, "warm_up": 0.0}
+EXACT = {"iterations": 500, "prompts": 4, "samples_per_prompt": 64, "learning_rate": 3e-3, "warm_up": 0.1}  # fmt: skip
+
+
+def config_of(run, seed=0):
+    """The settings of the chapter's main run."""
+    return grpo.Config(
+        iterations=run.grpo_iterations, learning_rate=run.grpo_learning_rate, seed=seed
+    )
+
+
+def value_config(run, seed=0):
+    """PPO with a value function, for as many samples; like GRPO here it pays nothing for KL."""
+    config = config_of(run, seed)
+    return ppo.Config(
+        iterations=config.iterations,
+        prompts=config.prompts,
+        samples_per_prompt=config.samples_per_prompt,
+        max_new_tokens=config.max_new_tokens,
+        learning_rate=config.learning_rate,
+        value_learning_rate=1e-3,
+        epochs=1,
+        mini_batches=1,
+        warm_up=config.warm_up,
+        kl_coefficient=0.0,
+        seed=seed,
+    )
+
+
+def fit_config(seed=0):
+    """Fine-tuning on a round's right answers."""
+    return sft.Config(learning_rate=1e-3, batch_size=128, seed=seed)
+
+
+def exact_config(seed=0):
+    """GRPO on the language that can be listed, with a price on KL."""
+    case = {"max_new_tokens": 3, "beta": 0.75, "scale": "none", "loss_type": "dr_grpo"}
+    return grpo.Config(**EXACT, **case, seed=seed)
+
+
+def settings_of(run):
+    """What a run depends on besides its seed; a test holds the file to it."""
+    return {
+        "config": asdict(config_of(run)),
+        "ppo": asdict(value_config(run)),
+        "sft": asdict(fit_config()),
+        "exact": asdict(exact_config()),
+        "exact_ppo": asdict(ppo_config()),
+        "seeds": SEEDS,
+        "sweep_seeds": SWEEP_SEEDS,
+        "level": LEVEL,
+        "held_out": HELD_OUT,
+        "samples": SAMPLES,
+        "every": EVERY,
+        "look": LOOK,
+        "long": LONG,
+        "rounds": ROUNDS,
+        "short": SHORT,
+        "reuse": REUSE,
+        "weights": WEIGHTS,
+        "mostly_hard": {str(level): count for level, count in MOSTLY_HARD.items()},
+        "hard_iterations": HARD_ITERATIONS,
+        "stops": STOPS,
+        "speed": SPEED,
+    }
+
+
+# --- measuring -------------------------------------------------------------------------------------
+
+
+def rate(policy, tokenizer, level=LEVEL, new=16, problems=LOOK["problems"], samples=LOOK["samples"], seed=1):  # fmt: skip
+    """Share of samples at temperature 1 that solve held-out problems."""
+    held_out = arithmetic.problems(level, "held_out")
+    if problems < len(held_out):
+        held_out = arithmetic.sample(problems, level, "held_out")
+    found = grpo.solve(policy, tokenizer, held_out, samples, new, seed=seed)
+    return round(found.double().mean().item(), 4)
+
+
+def ability(policy, tokenizer, new=16):
+    """pass@k for all k, greedy accuracy, and how many held-out problems no sample solved."""
+    held_out = arithmetic.sample(HELD_OUT, LEVEL, "held_out")
+    right = grpo.solve(policy, tokenizer, held_out, SAMPLES, new, seed=1)
+    greedy = grpo.solve(policy, tokenizer, held_out, 1, new, greedy=True)
+    return {
+        "pass": [round(arithmetic.pass_at_k(right, k), 4) for k in KS],
+        "greedy": round(greedy.double().mean().item(), 4),
+        "never": int((~right.any(1)).sum()),
+    }
+
+
+def curves(history, *names):
+    """Metrics by name; None where one is not a number, as the length of right answers if none was."""
+    rows = [[getattr(one, name) for one in history] for name in names]
+    rounded = [[None if math.isnan(x) else round(x, 4) for x in row] for row in rows]
+    return dict(zip(names, rounded, strict=True))
+
+
+# --- training --------------------------------------------------------------------------------------
+
+
+def train(run, config, reward=arithmetic.exact, pool=None, kinds=None, looks=()):
+    """GRPO on problems; the policy, its tokenizer, the history, CPU seconds without the looks, and
+    pass@1 on held-out problems after the iterations in `looks`."""
+    policy, tokenizer = grpo.of_chapter_09(run)
+    pool = arithmetic.problems(LEVEL, "train") if pool is None else pool
+    answers = {"answer": [one.answer for one in pool]}
+    history, seen, seconds, begin = [], [], 0.0, time.process_time()
+    prompts = [one.prompt for one in pool]
+    for metrics in grpo.train(policy, tokenizer, prompts, reward, config, answers, kinds):
+        history.append(metrics)
+        if metrics.iteration in looks:
+            seconds += time.process_time() - begin
+            seen.append(rate(policy, tokenizer, new=config.max_new_tokens))
+            begin = time.process_time()
+    return policy, tokenizer, history, seconds + time.process_time() - begin, seen
+
+
+def main_run(run, seed, **change):
+    config = replace(config_of(run, seed), **change)
+    looks = range(EVERY, config.iterations + 1, EVERY)
+    policy, tokenizer, history, seconds, seen = train(run, config, looks=looks)
+    found = ability(policy, tokenizer) | {"curve": seen, "seconds": round(seconds, 1)}
+    names = ("reward", "constant", "length", "length_right", "length_wrong", "grad_norm", "loss")
+    found["sampled"] = sum(one.sampled for one in history)
+    return found | curves(history, *names)
+
+
+def with_values(run, seed):
+    """PPO."""
+    policy, tokenizer = grpo.of_chapter_09(run)
+    pool = arithmetic.problems(LEVEL, "train")
+    answers = {"answer": [one.answer for one in pool]}
+    seen, explained, prompts = [], [], [one.prompt for one in pool]
+    begin, seconds = time.process_time(), 0.0
+    config = value_config(run, seed)
+    for metrics in ppo.train(policy, tokenizer, prompts, arithmetic.exact, config, columns=answers):
+        explained.append(metrics.explained_variance)
+        if metrics.iteration % EVERY == 0:
+            seconds += time.process_time() - begin
+            seen.append(rate(policy, tokenizer))
+            begin = time.process_time()
+    found = ability(policy, tokenizer) | {"curve": seen, "seconds": round(seconds, 1)}
+    return found | {"explained_variance": [round(x, 4) for x in explained]}
+
+
+def rejection_sampled(run, seed):
+    """Rounds of sampling, and of fine-tuning on the answers that were right."""
+    policy, tokenizer = grpo.of_chapter_09(run)
+    pool, config = arithmetic.problems(LEVEL, "train"), config_of(run, seed)
+    luck = torch.Generator().manual_seed(seed)
+    seen, kept, begin, seconds = [], [], time.process_time(), 0.0
+    for index in range(config.iterations):
+        chosen = [pool[i] for i in ppo.prompt_indices(len(pool), index, config)]
+        some, answers = [one.prompt for one in chosen], {"answer": [one.answer for one in chosen]}
+        group, new = config.samples_per_prompt, config.max_new_tokens
+        found = ppo.respond(policy, tokenizer, some, arithmetic.exact, luck, group, new, 1.0, answers)  # fmt: skip
+        right = (found.scores == 1) & found.ended
+        kept += [(some[i // group], text) for i, text in enumerate(found.texts) if right[i]]
+        if (index + 1) % (config.iterations // ROUNDS) == 0:
+            for _ in sft.train(policy, tokenizer, kept, fit_config(seed + index)):
+                pass
+            kept = []
+        if (index + 1) % EVERY == 0:
+            seconds += time.process_time() - begin
+            seen.append(rate(policy, tokenizer))
+            begin = time.process_time()
+    return ability(policy, tokenizer) | {"curve": seen, "seconds": round(seconds, 1)}
+
+
+def levels(policy, tokenizer):
+    return {str(level): rate(policy, tokenizer, level, LONG, 150) for level in arithmetic.LEVELS}
+
+
+def mostly_hard(run, seed, curriculum):
+    """Training on a set of which most is too hard, in a random order or by the curriculum."""
+    pool = []
+    for level, count in MOSTLY_HARD.items():
+        known = arithmetic.problems(level, "train")
+        pool += known * (count // len(known)) if count >= len(known) else arithmetic.sample(count, level, "train", seed)  # fmt: skip
+    kinds = [f"level {one.level}" for one in pool] if curriculum else None
+    config = replace(config_of(run, seed), iterations=HARD_ITERATIONS, max_new_tokens=LONG)
+    policy, tokenizer, history, seconds, _ = train(run, config, pool=pool, kinds=kinds)
+    found = {"levels": levels(policy, tokenizer), "seconds": round(seconds, 1)}
+    return found | curves(history, "reward", "constant") | {"shares": [one.shares for one in history]}  # fmt: skip
+
+
+def speeds(run, tell):
+    """Of policies that solve different shares of their problems: what ten small steps gain."""
+    config = config_of(run, SEEDS[-1] + 1)
+    start, tokenizer = grpo.of_chapter_09(run)
+    places = [("level 2", start, 2, 16), ("level 3", start, 3, 16), ("level 4", start, 4, LONG)]
+    policy, pool = copy.deepcopy(start), arithmetic.problems(LEVEL, "train")
+    answers, prompts = {"answer": [one.answer for one in pool]}, [one.prompt for one in pool]
+    for metrics in grpo.train(policy, tokenizer, prompts, arithmetic.exact, config, answers):
+        if metrics.iteration in STOPS:
+            places.append((f"level 3 after {metrics.iteration}", copy.deepcopy(policy), 3, 16))
+    found = []
+    for name, at, level, new in places:
+        before = rate(at, tokenizer, level, new, 170, 32)
+        one = {"name": name, "level": level, "before": before, "gains": [], "constant": []}
+        for seed in SWEEP_SEEDS:
+            policy, pool = copy.deepcopy(at), arithmetic.problems(level, "train")
+            answers, prompts = {"answer": [x.answer for x in pool]}, [x.prompt for x in pool]
+            small = replace(config, **SPEED, max_new_tokens=new, seed=seed)
+            history = list(grpo.train(policy, tokenizer, prompts, arithmetic.exact, small, answers))
+            one["gains"].append(round(rate(policy, tokenizer, level, new, 170, 32) - before, 4))
+            one["constant"].append(round(sum(m.constant for m in history) / len(history), 4))
+        found.append(one)
+        tell("speed", one)
+    return found
+
+
+def weak_checker(run, seed):
+    """Training on a checker that finds the answer anywhere in the text."""
+    config = replace(config_of(run, seed), max_new_tokens=LONG)
+    looks = range(EVERY, config.iterations + 1, EVERY)
+    found = train(run, config, arithmetic.contains_answer, looks=looks)
+    policy, tokenizer, history, seconds, seen = found
+    asked = arithmetic.sample(4, LEVEL, "held_out")
+    texts = grpo.write(policy, tokenizer, [one.prompt for one in asked], LONG, generator=torch.Generator().manual_seed(0))  # fmt: skip
+    examples = [(one.prompt, text, one.answer) for one, text in zip(asked, texts, strict=True)]
+    found = {"curve": seen, "seconds": round(seconds, 1), "examples": examples}
+    return found | curves(history, "reward", "length", "unended")
+
+
+# --- the language that can be listed ---------------------------------------------------------------
+
+
+def fixed_point(case):
+    """Where a price in the loss ends that charges each token for itself: in each state the reference
+    times e^(Q/β), with the expected reward Q and without the price of what comes later."""
+    table = case.table.log_softmax(-1)
+    start = table.clone()
+    for _ in range(case.language.length + 1):
+        _, worth = enumerable.values(table, case.utilities, case.language)
+        table = (start + worth / case.beta).log_softmax(-1)
+    return enumerable.sequence_log_probs(table, case.language)
+
+
+def in_full(case, correct, steps=1500):
+    """GRPO on a table, its loss summed over all texts with their probabilities instead of sampled."""
+    language, start = case.language, case.table.log_softmax(-1)
+    table = nn.Parameter(case.table.clone())
+    optimizer = torch.optim.Adam([table], lr=0.1)
+    ref = start[language.states, language.tokens]
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / steps)
+        log_probs = table.log_softmax(-1)[language.states, language.tokens]
+        chance = (log_probs.detach() * language.mask).sum(1).exp()
+        advantages = case.utilities - chance @ case.utilities
+        kl = (ref - log_probs).exp() - 1 - (ref - log_probs)
+        ratio = (log_probs - log_probs.detach()).exp()
+        terms = ratio * advantages[:, None] - case.beta * kl * (ratio if correct else 1.0)
+        loss = -(chance[:, None] * terms * language.mask).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return enumerable.sequence_log_probs(table, language).detach()
+
+
+def exact(seed, tell):
+    """GRPO and PPO with the true utilities."""
+    case = Case(seed)
+    judge, tokenizer = enumerable.reward(case.language, case.utilities), enumerable.tokenizer(case.language)  # fmt: skip
+
+    def sampled(train, config):
+        network = case.network()
+        for _ in train(network, tokenizer, [""], judge, config):
+            pass
+        return enumerable.model_log_probs(network, case.language).detach().double()
+
+    config = exact_config(seed)
+    policies = {
+        "start": case.reference,
+        "fixed point": fixed_point(case),
+        "in full": in_full(case, True),
+        "in full, plain k3": in_full(case, False),
+        "GRPO": sampled(grpo.train, config),
+        "GRPO, divided by std": sampled(grpo.train, replace(config, scale="group")),
+        "PPO": sampled(ppo.train, ppo_config(seed)),
+    }
+    found = {name: case.describe(policy) for name, policy in policies.items()}
+    tell(f"exact {seed}", found)
+    return found
+
+
+# --- all -------------------------------------------------------------------------------------------
+
+
+def methods(run, tell):
+    def told(name, seed, found):
+        tell(f"{name} {seed}", {k: found[k] for k in ("pass", "greedy", "curve", "seconds")})
+        return found
+
+    start, tokenizer = grpo.of_chapter_09(run)
+    found = {"ks": KS, "before": ability(start, tokenizer) | {"look": rate(start, tokenizer)}}
+    tell("before", found["before"])
+    found["main"] = [told("main", s, main_run(run, s)) for s in SEEDS]
+    loo = {"scale": "leave-one-out", "loss_type": "dr_grpo"}
+    found["leave-one-out"] = [told("leave-one-out", s, main_run(run, s, **loo)) for s in SWEEP_SEEDS]  # fmt: skip
+    found["ppo"] = [told("ppo", s, with_values(run, s)) for s in SWEEP_SEEDS]
+    found["rejection-sampled"] = [told("rejection-sampled", s, rejection_sampled(run, s)) for s in SWEEP_SEEDS]  # fmt: skip
+    return found
+
+
+def bias(run, tell):
+    """How tokens are weighed, and how often a batch is used."""
+    found = {"weights": {}, "reuse": {}}
+    for name, change in WEIGHTS.items():
+        found["weights"][name] = [main_run(run, s, **change) for s in SWEEP_SEEDS]
+        tell(name, [(x["pass"][0], x["length_right"][-1], x["length_wrong"][-1]) for x in found["weights"][name]])  # fmt: skip
+    for name, change in REUSE.items():
+        found["reuse"][name] = []
+        for seed in SWEEP_SEEDS:
+            config = replace(config_of(run, seed), iterations=SHORT, **change)
+            policy, tokenizer, history, seconds, _ = train(run, config)
+            one = {"rate": rate(policy, tokenizer, problems=HELD_OUT), "seconds": round(seconds, 1)}
+            found["reuse"][name].append(one | curves(history, "reward", "clip_fraction", "approx_kl"))  # fmt: skip
+        tell(name, [x["rate"] for x in found["reuse"][name]])
+    return found
+
+
+def signal(run, tell):
+    """Where there is something to learn, and what a weak checker teaches."""
+    found = {"speed": speeds(run, tell), "hard": {}, "weak": []}
+    for name, curriculum in (("random order", False), ("curriculum", True)):
+        found["hard"][name] = [mostly_hard(run, s, curriculum) for s in SWEEP_SEEDS]
+        tell(name, [x["levels"] for x in found["hard"][name]])
+    start, tokenizer = grpo.of_chapter_09(run)
+    found["hard"]["before"] = levels(start, tokenizer)
+    for seed in SWEEP_SEEDS:
+        found["weak"].append(weak_checker(run, seed))
+        tell("weak", {k: found["weak"][-1][k] for k in ("curve", "examples", "seconds")})
+    return found
+
+
+PARTS = {
+    "methods": methods,
+    "bias": bias,
+    "signal": signal,
+    "exact": lambda run, tell: {"exact": [exact(seed, tell) for seed in SWEEP_SEEDS]},
+}
+
+
+def main():
+    torch.set_num_threads(1)
+    run = settings.load()
+    start = time.perf_counter()
+
+    def tell(name, found):
+        print(f"{time.perf_counter() - start:5.0f} s  {name}: {found}", file=sys.stderr, flush=True)
+
+    results = {}
+    for part in sys.argv[1:] or PARTS:
+        results |= PARTS[part](run, tell)
+    if sys.argv[1:]:
+        print(json.dumps(results))
+    else:
+        record_sweep("09_grpo", start, settings_of(run), results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,6 @@
 """Record the sweeps of chapter 09, on sums and on the exact language: rlhf_helpers/assets/results/09_grpo.json.
 
-With the names of some parts (methods, bias, signal, exact), these alone are made, and printed.
+With the names of some parts (methods, bias, signal, weak, exact), these alone are made, and printed.
 """
 
 import copy
@@ -52,6 +52,7 @@ HARD_ITERATIONS = 200
 # how fast is a policy that solves this share? ten small steps from policies along a run
 STOPS = [5, 12, 20, 40, 80, 160, 280]
 SPEED = {"iterations": 10, "learning_rate": 1e-4, "warm_up": 0.0}
+WEAK = ["grpo", "bnpo"]  # how tokens are weighed while a weak checker pays
 EXACT = {"iterations": 500, "prompts": 4, "samples_per_prompt": 64, "learning_rate": 3e-3, "warm_up": 0.1}  # fmt: skip
 
 
@@ -115,6 +116,7 @@ def settings_of(run):
         "hard_iterations": HARD_ITERATIONS,
         "stops": STOPS,
         "speed": SPEED,
+        "weak": WEAK,
     }
 
 
@@ -264,9 +266,9 @@ def speeds(run, tell):
     return found
 
 
-def weak_checker(run, seed):
+def weak_checker(run, seed, loss_type):
     """Training on a checker that finds the answer anywhere in the text."""
-    config = replace(config_of(run, seed), max_new_tokens=LONG)
+    config = replace(config_of(run, seed), max_new_tokens=LONG, loss_type=loss_type)
     looks = range(EVERY, config.iterations + 1, EVERY)
     found = train(run, config, arithmetic.contains_answer, looks=looks)
     policy, tokenizer, history, seconds, seen = found
@@ -375,23 +377,29 @@ def bias(run, tell):
 
 
 def signal(run, tell):
-    """Where there is something to learn, and what a weak checker teaches."""
-    found = {"speed": speeds(run, tell), "hard": {}, "weak": []}
+    """Where there is something to learn."""
+    found = {"speed": speeds(run, tell), "hard": {}}
     for name, curriculum in (("random order", False), ("curriculum", True)):
         found["hard"][name] = [mostly_hard(run, s, curriculum) for s in SWEEP_SEEDS]
         tell(name, [x["levels"] for x in found["hard"][name]])
     start, tokenizer = grpo.of_chapter_09(run)
     found["hard"]["before"] = levels(start, tokenizer)
-    for seed in SWEEP_SEEDS:
-        found["weak"].append(weak_checker(run, seed))
-        tell("weak", {k: found["weak"][-1][k] for k in ("curve", "examples", "seconds")})
     return found
+
+
+def weak(run, tell):
+    found = {}
+    for loss_type in WEAK:
+        found[loss_type] = [weak_checker(run, seed, loss_type) for seed in SWEEP_SEEDS]
+        tell(f"weak, {loss_type}", [(one["curve"], one["examples"]) for one in found[loss_type]])
+    return {"weak": found}
 
 
 PARTS = {
     "methods": methods,
     "bias": bias,
     "signal": signal,
+    "weak": weak,
     "exact": lambda run, tell: {"exact": [exact(seed, tell) for seed in SWEEP_SEEDS]},
 }
 

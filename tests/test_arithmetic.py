@@ -395,6 +395,7 @@ def test_answers_that_nothing_could_match_are_refused(reward, answer, message):
         reward(["p", "p"], ["95", "95"], answer=answer)
 
 
+@pytest.mark.equation("eq:pass-at-k")
 def test_pass_at_k_is_the_chance_that_one_of_k_is_right():
     """Oracle: all choices of k samples of n, listed."""
     right = torch.tensor([[1.0, 0, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]])

@@ -14,10 +14,11 @@ MATHEMATICS = {"logprobs", "kl", "advantages", "losses", "trust_region"}
 # A module may import its own layer and those below.
 LAYERS = [
     MATHEMATICS,
-    {"settings", "checkpoint"},
+    {"settings", "checkpoint", "costs"},
     {"models", "rollout", "worlds"},
     {"preferences", "rewards"},
     {"algorithms"},
+    {"scale_out"},
     {"book"},
 ]
 MODULES = sorted((ROOT / "rlhf_helpers").rglob("*.py"))

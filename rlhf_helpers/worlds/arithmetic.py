@@ -255,6 +255,8 @@ def _answers(completions: Sequence[str], answer: Sequence[str | int]) -> list[st
 def pass_at_k(right: Tensor, k: int) -> float:
     """The chance that at least one of k samples is right, mean over problems.
 
+    Equation: eq:pass-at-k
+
     Of n samples with c right ones, k are drawn without replacement: 1 − C(n − c, k) / C(n, k).
     That is unbiased; 1 − (1 − c/n)^k is not.
 

@@ -1,0 +1,573 @@
+"""Several processes: TRL's trainers, fed with the data, rewards and settings of this book's loops, and
+a run that `accelerate launch` starts.
+
+The launcher is accelerate's and the trainers are TRL's. What is here only translates: settings of
+`grpo.Config`, `dpo.Config`, `reward_model.Config` and `sft.Config` into TRL's, texts into its data
+sets, and what TRL cannot do into an error. A batch is the batch of all processes together, so that
+a run does not change its meaning with their number.
+
+    accelerate launch --config_file two_cpu_processes.yaml -m rlhf_helpers.scale_out --output runs/two
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers import PrinterCallback
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
+
+from rlhf_helpers import models, rewards, settings
+from rlhf_helpers._validate import in_range, one_of
+from rlhf_helpers.algorithms import dpo, grpo, reward_model, sft
+from rlhf_helpers.worlds import arithmetic
+
+CONFIGS = Path(__file__).parent / "assets" / "accelerate"
+# Settings of GRPO that let vLLM sample: in the training processes, or in a server of its own.
+VLLM = {
+    "colocate": {
+        "use_vllm": True,
+        "vllm_mode": "colocate",
+        "vllm_gpu_memory_utilization": 0.3,
+        "vllm_enable_sleep_mode": True,
+    },
+    "server": {
+        "use_vllm": True,
+        "vllm_mode": "server",
+        "vllm_server_base_url": "http://127.0.0.1:8000",
+    },
+}
+DPO_LOSSES = {"sigmoid": "sigmoid", "hinge": "hinge", "length-normalised": "sigmoid_norm"}
+EVALUATION_SAMPLES = 4  # of each held-out problem
+
+
+# --- settings --------------------------------------------------------------------------------------
+
+
+def processes() -> int:
+    """How many processes the launcher started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def share(total: int, name: str) -> int:
+    """What one process takes of a batch.
+
+    Raises: ValueError if the processes cannot share it equally.
+    """
+    count = processes()
+    if total % count:
+        raise ValueError(
+            f"{name}={total} cannot be shared equally by {count} processes; make it a multiple of {count}"
+        )
+    return total // count
+
+
+def _common(config: Any, folder: str | Path, steps: int) -> dict[str, Any]:
+    """The settings that TRL's four trainers share, without what TRL adds by itself."""
+    return {
+        "output_dir": str(folder),
+        "max_steps": steps,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": config.warm_up,
+        "weight_decay": getattr(config, "weight_decay", 0.0),
+        "max_grad_norm": config.max_grad_norm,
+        "seed": config.seed,
+        "use_cpu": not torch.cuda.is_available(),
+        # the launcher's configuration decides; TRL would take bf16 on a CPU, too
+        "bf16": os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16",
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "report_to": "none",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "ddp_find_unused_parameters": False,
+    }
+
+
+def grpo_arguments(config: grpo.Config, folder: str | Path, **options: Any) -> GRPOConfig:
+    """This book's settings of GRPO as TRL's.
+
+    Args:
+        config: `iterations`, `prompts` and so on, for all processes together.
+        folder: where TRL writes.
+        options: further settings of TRL's GRPOConfig, e.g. `**VLLM["colocate"]`; they win.
+    Raises: ValueError on a setting that TRL does not know, or a batch that the processes cannot
+        share.
+    """
+    _only(config.scale, grpo.ADVANTAGE_SCALES, "scale")
+    _only(config.constant_groups, ("keep",), "constant_groups")
+    groups = share(config.prompts // config.mini_batches, "prompts a mini-batch")
+    updates = config.epochs * config.mini_batches
+    arguments = _common(config, folder, config.iterations * updates) | {
+        # TRL counts completions, not prompts, and those of one process
+        "per_device_train_batch_size": groups * config.samples_per_prompt,
+        "steps_per_generation": config.mini_batches,
+        "num_iterations": config.epochs,
+        "num_generations": config.samples_per_prompt,
+        "max_completion_length": config.max_new_tokens,
+        "temperature": config.temperature,
+        "scale_rewards": config.scale,
+        "loss_type": config.loss_type,
+        "importance_sampling_level": config.importance,
+        "epsilon": config.clip,
+        "epsilon_high": config.clip_high,
+        "beta": config.beta,
+        "use_bias_correction_kl": config.bias_correct_kl,
+        "disable_dropout": True,
+    }
+    return GRPOConfig(**arguments | options)
+
+
+def _pairs_arguments(config: Any, folder: str | Path, count: int) -> dict[str, Any]:
+    """Settings of the trainers that pass through given data."""
+    return _common(config, folder, config.epochs * sft.steps_per_epoch(range(count), config)) | {
+        "per_device_train_batch_size": share(min(config.batch_size, count), "batch_size"),
+        "dataloader_drop_last": count >= config.batch_size,
+        "max_length": None,
+    }
+
+
+def _only(value: str, known: Sequence[str], name: str) -> None:
+    if value not in known:
+        raise ValueError(
+            f"{name}={value!r} is not in TRL; use one of {', '.join(map(repr, known))}"
+        )
+
+
+# --- trainers --------------------------------------------------------------------------------------
+
+
+def grpo_trainer(
+    policy: nn.Module,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    reward: rewards.Reward,
+    config: grpo.Config,
+    columns: Mapping[str, Sequence] | None = None,
+    held_out: Mapping[str, Sequence] | None = None,
+    *,
+    folder: str | Path,
+    **options: Any,
+) -> GRPOTrainer:
+    """TRL's GRPO with what `grpo.train` takes; `.train()` trains the policy in place.
+
+    TRL puts padding on the left of short prompts and scores without position ids. A model that
+    counts positions from the first column, like GPT-2, then sees other positions than the sampler
+    did, so prompts of unequal length are refused for such a model.
+
+    Args:
+        policy, tokenizer, prompts, reward, config, columns: as in `grpo.train`.
+        held_out: columns "prompt" and the others, of prompts that TRL evaluates on.
+        folder, options: as in `grpo_arguments`.
+    Raises: ValueError as `grpo_arguments`; on prompts or columns that do not fit; on prompts of
+        unequal length for a model that counts positions; with a price on KL, on a policy that is
+        not the one that its name stands for, since TRL loads the reference by that name.
+    """
+    grpo._check(config, prompts, columns, None)
+    lengths = [len(ids) for ids in tokenizer(list(prompts), add_special_tokens=False)["input_ids"]]
+    if min(lengths) < max(lengths) and _minds_padding(policy, tokenizer):
+        raise ValueError(
+            f"prompts have {min(lengths)} to {max(lengths)} tokens, and TRL's GRPO gives left-padded "
+            f"prompts no position ids, which a {type(policy).__name__} needs; pass prompts of one length"
+        )
+    trainer = GRPOTrainer(
+        policy,
+        reward,
+        grpo_arguments(config, folder, **options),
+        train_dataset=Dataset.from_dict({"prompt": list(prompts)} | dict(columns or {})),
+        eval_dataset=held_out and Dataset.from_dict(dict(held_out)),
+        processing_class=tokenizer,
+    )
+    _check_reference(trainer, policy)
+    return _silent(trainer)
+
+
+def _check_reference(trainer: GRPOTrainer, policy: nn.Module) -> None:
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if trainer.ref_model is None or sharded:
+        return
+    reference = dict(trainer.ref_model.named_parameters())
+    if not all(torch.equal(p.cpu(), reference[n].cpu()) for n, p in policy.named_parameters()):
+        raise ValueError(
+            f"policy is not {policy.config.name_or_path!r} any more, from where TRL takes the "
+            "reference; save the policy with save_pretrained, and load it from there"
+        )
+
+
+def _silent(trainer: Any) -> Any:
+    """What a trainer would print of each step stands in `trainer.state.log_history`."""
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+@torch.no_grad()
+def _minds_padding(policy: nn.Module, tokenizer: Tokenizer) -> bool:
+    """Whether a masked token on the left changes what the model says."""
+    device = next(policy.parameters()).device
+    tokens = torch.full((1, 3), tokenizer.eos_token_id, device=device)
+    mask = torch.tensor([[0, 1, 1]], device=device)
+    was_training = policy.training
+    policy.eval()
+    padded = policy(tokens, attention_mask=mask).logits[0, -1]
+    plain = policy(tokens[:, 1:], attention_mask=mask[:, 1:]).logits[0, -1]
+    policy.train(was_training)
+    return not torch.allclose(padded.softmax(0), plain.softmax(0), atol=1e-4)
+
+
+def sft_trainer(
+    policy: nn.Module,
+    tokenizer: Tokenizer,
+    pairs: Sequence[tuple[str, str]],
+    config: sft.Config,
+    *,
+    folder: str | Path,
+    **options: Any,
+) -> SFTTrainer:
+    """TRL's supervised fine-tuning with what `sft.train` takes.
+
+    The tokens are this book's: prompt and response are tokenised apart, where TRL would tokenise
+    them together.
+
+    Args:
+        policy, tokenizer, pairs, config: as in `sft.train`.
+        folder: where TRL writes.
+        options: further settings of TRL's SFTConfig.
+    Raises: ValueError as `sft.train`, or on a batch that the processes cannot share.
+    """
+    sft._check(pairs, config)
+    examples = sft.encode(tokenizer, pairs)
+    rows = {
+        "input_ids": [one.prompt + one.response for one in examples],
+        "completion_mask": [[0] * len(one.prompt) + [1] * len(one.response) for one in examples],
+    }
+    arguments = _pairs_arguments(config, folder, len(examples)) | {
+        "completion_only_loss": config.loss_on == "response"
+    }
+    trainer = SFTTrainer(
+        without_dropout(policy),
+        SFTConfig(**arguments | options),
+        train_dataset=Dataset.from_dict(rows),
+        processing_class=tokenizer,
+    )
+    return _silent(trainer)
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    """The model with dropout switched off in every mode; TRL's SFT has no setting for it."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def dpo_trainer(
+    policy: nn.Module,
+    tokenizer: Tokenizer,
+    data: Sequence[reward_model.Comparison],
+    config: dpo.Config,
+    *,
+    folder: str | Path,
+    **options: Any,
+) -> DPOTrainer:
+    """TRL's DPO with what `dpo.train` takes as examples before they are tokens.
+
+    TRL takes hard labels: the majority decides, and ties are dropped. It tokenises prompt and
+    response together, which is the same unless letters merge across the border.
+
+    Args:
+        policy: trained in place; the reference is a copy of it as it is now.
+        tokenizer, config: as in `dpo.train`.
+        data: comparisons of two.
+        folder: where TRL writes.
+        options: further settings of TRL's DPOConfig.
+    Raises: ValueError as `hard_pairs`, or on a variant or a label smoothing that TRL does not have
+        in this form, or a batch that the processes cannot share.
+    """
+    _only(config.variant, tuple(DPO_LOSSES), "variant")
+    if config.label_smoothing:
+        raise ValueError(
+            f"label_smoothing={config.label_smoothing}: TRL 1.16 ignores it for this loss; set it to 0"
+        )
+    for index, one in enumerate(data):
+        if one.margin:
+            raise ValueError(f"data[{index}] has a margin, which DPO does not use; set it to 0")
+    rows = [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in hard_pairs(data)]
+    arguments = _pairs_arguments(config, folder, len(rows)) | {
+        "beta": config.beta,
+        "loss_type": DPO_LOSSES[config.variant],
+        "disable_dropout": True,
+    }
+    trainer = DPOTrainer(
+        policy,
+        # TRL copies an adapter by itself, and would not know what to do with a copied policy
+        None if isinstance(policy, PeftModel) else copy.deepcopy(policy),
+        DPOConfig(**arguments | options),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    return _silent(trainer)
+
+
+def hard_pairs(data: Sequence[reward_model.Comparison]) -> list[dict[str, Any]]:
+    """Comparisons of two as TRL takes them: prompt, chosen, rejected and margin. The response that
+    more than half prefer is the chosen one; a comparison without a majority is dropped.
+
+    Raises: ValueError on a comparison of another size or with a weight, and where nothing is left.
+    """
+    rows = []
+    for index, one in enumerate(data):
+        if len(one.responses) != 2 or one.weight != 1.0:
+            raise ValueError(f"data[{index}] must compare two responses with weight 1")
+        if one.preference != 0.5:
+            chosen, rejected = one.responses if one.preference > 0.5 else one.responses[::-1]
+            rows.append({"prompt": one.prompt, "chosen": chosen, "rejected": rejected})
+            rows[-1]["margin"] = one.margin
+    if not rows:
+        raise ValueError("data has no comparison with a majority; pass at least one")
+    return rows
+
+
+def reward_trainer(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    data: Sequence[reward_model.Comparison],
+    config: reward_model.Config,
+    *,
+    folder: str | Path,
+    **options: Any,
+) -> RewardTrainer:
+    """TRL's reward modelling with what `reward_model.train` takes; labels as in `hard_pairs`.
+
+    The library's classifier finds the last token by looking for the pad token. Where that is the
+    end token, every text would be read one token early, so padding is done with another token.
+
+    Args:
+        model: as `reward_model.load` returns it, trained in place.
+        tokenizer, data, config: as in `reward_model.train`.
+        folder: where TRL writes.
+        options: further settings of TRL's RewardConfig.
+    Raises: ValueError as `hard_pairs`, or on another loss than "bradley-terry", or a batch that the
+        processes cannot share.
+    """
+    _only(config.loss, ("bradley-terry",), "loss")
+    rows = hard_pairs(data)
+    prompts = [row["prompt"] for row in rows]
+    found = {
+        f"{side}_ids": reward_model.encode(tokenizer, prompts, [row[side] for row in rows])
+        for side in ("chosen", "rejected")
+    }
+    if any(row["margin"] for row in rows):
+        found["margin"] = [row["margin"] for row in rows]
+    arguments = _pairs_arguments(config, folder, len(rows)) | {
+        "center_rewards_coefficient": config.centring or None,
+        "adam_beta1": reward_model.BETAS[0],
+        "adam_beta2": reward_model.BETAS[1],
+        "disable_dropout": True,
+    }
+    trainer = RewardTrainer(
+        model,
+        RewardConfig(**arguments | options),
+        train_dataset=Dataset.from_dict(found),
+        processing_class=_padding_apart(tokenizer),
+    )
+    return _silent(trainer)
+
+
+def _padding_apart(tokenizer: Tokenizer) -> Tokenizer:
+    """A tokenizer whose pad token does not end texts."""
+    if tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return tokenizer
+    found = copy.deepcopy(tokenizer)
+    found.pad_token = tokenizer.convert_ids_to_tokens(0 if tokenizer.eos_token_id else 1)
+    return found
+
+
+# --- configurations --------------------------------------------------------------------------------
+
+
+def check_config(path: str | Path) -> dict[str, str]:
+    """What accelerate's launcher makes of a configuration, without starting anything.
+
+    Three checks, none of which needs a GPU: accelerate's loader refuses unknown keys, its launcher
+    refuses combinations that exclude each other, and keys inside `fsdp_config` and
+    `deepspeed_config`, which accelerate passes over in silence, must be known to the launcher.
+
+    Args:
+        path: a YAML file, e.g. in `CONFIGS`.
+    Returns: the environment variables that the processes would be given.
+    Raises: FileNotFoundError; ValueError naming the keys that are not known, or from accelerate.
+    """
+    # here alone, since parts of it are not public and may move
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    parser = launch_command_parser()
+    known = {action.dest for action in parser._actions}
+    args, found, _ = _validate_launch_command(
+        parser.parse_args(["--config_file", str(path), "script.py"])
+    )
+    nested = {**found.fsdp_config, **found.deepspeed_config}
+    unknown = sorted(set(nested) - known)
+    if unknown:
+        raise ValueError(
+            f"{path}: {', '.join(unknown)} is no option of accelerate launch; remove it"
+        )
+    if found.use_cpu and found.num_processes > 1 and not args.multi_gpu:
+        raise ValueError(
+            f"{path}: without MPI this starts one process, not {found.num_processes}; "
+            "write distributed_type: MULTI_GPU, which starts processes on CPUs too"
+        )
+    if args.use_deepspeed:
+        args.deepspeed_fields_from_accelerate_config = ",".join(found.deepspeed_config)
+        return _given(prepare_deepspeed_cmd_env(args)[1])
+    return _given(prepare_multi_gpu_env(args))
+
+
+def _given(environment: Mapping[str, str]) -> dict[str, str]:
+    names = ("ACCELERATE_", "FSDP_")
+    return {name: value for name, value in environment.items() if name.startswith(names)}
+
+
+# --- a run -----------------------------------------------------------------------------------------
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line of a run, checked."""
+    default = grpo.Config()
+    parser = argparse.ArgumentParser(prog="rlhf_helpers.scale_out", description=main.__doc__)
+    parser.add_argument("--output", type=Path, required=True, help="folder of the result")
+    parser.add_argument("--model", default=settings.TINY_ARITHMETIC, help="name or folder")
+    parser.add_argument("--level", type=int, default=3, help="of the problems, 1 to 4")
+    parser.add_argument("--steps", type=int, default=100, help="updates")
+    parser.add_argument("--prompts", type=int, default=default.prompts, help="a step, of all processes")  # fmt: skip
+    parser.add_argument("--samples", type=int, default=default.samples_per_prompt, help="of a prompt")  # fmt: skip
+    parser.add_argument("--max-new-tokens", type=int, default=default.max_new_tokens)
+    parser.add_argument("--learning-rate", type=float, default=default.learning_rate)
+    parser.add_argument("--loss-type", default="dapo", choices=grpo.GRPO_TYPES)
+    parser.add_argument("--evaluate-every", type=int, default=10, help="steps")
+    parser.add_argument("--held-out", type=int, default=256, help="problems to evaluate on")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save", action="store_true", help="keep the policy in the output folder")
+    found = parser.parse_args(arguments)
+    try:
+        for name in ("steps", "evaluate_every"):
+            in_range(getattr(found, name), f"--{name.replace('_', '-')}", 1)
+        one_of(str(found.level), map(str, arithmetic.LEVELS), "--level")
+        in_range(found.held_out, "--held-out", 1, len(arithmetic.problems(found.level, "held_out")))
+        share(found.prompts, "--prompts")
+        share(found.held_out, "--held-out")
+        if found.steps % found.evaluate_every:
+            raise ValueError(
+                f"--evaluate-every={found.evaluate_every} must divide --steps={found.steps}"
+            )
+    except ValueError as error:
+        parser.error(str(error))
+    return found
+
+
+def config_of(args: argparse.Namespace) -> grpo.Config:
+    """The settings of a run as this book's loop takes them."""
+    return grpo.Config(
+        iterations=args.steps,
+        prompts=args.prompts,
+        samples_per_prompt=args.samples,
+        max_new_tokens=args.max_new_tokens,
+        learning_rate=args.learning_rate,
+        loss_type=args.loss_type,
+        seed=args.seed,
+    )
+
+
+def problems_of(args: argparse.Namespace) -> tuple[list, list]:
+    """Problems to train on, in their order, and those to evaluate on, the same for every seed."""
+    held_out = arithmetic.sample(args.held_out, args.level, "held_out")
+    return list(arithmetic.problems(args.level, "train")), held_out
+
+
+def evaluation(args: argparse.Namespace) -> dict[str, Any]:
+    """TRL's settings for looking at the held-out problems, all at once, before the first step and
+    then at equal distances. With `arithmetic.exact` as the reward their mean reward is pass@1."""
+    return {
+        "eval_strategy": "steps",
+        "eval_steps": args.evaluate_every,
+        "eval_on_start": True,
+        "num_generations_eval": EVALUATION_SAMPLES,
+        "per_device_eval_batch_size": share(args.held_out, "--held-out") * EVALUATION_SAMPLES,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """GRPO with TRL on this book's arithmetic, in one process or in several."""
+    args = parse(arguments)
+    begin = time.perf_counter()
+    policy, tokenizer = models.load(args.model)
+    problems, held_out = problems_of(args)
+    trainer = grpo_trainer(
+        policy,
+        tokenizer,
+        [one.prompt for one in problems],
+        arithmetic.exact,
+        config_of(args),
+        {"answer": [one.answer for one in problems]},
+        {"prompt": [p.prompt for p in held_out], "answer": [p.answer for p in held_out]},
+        folder=args.output,
+        **evaluation(args),
+    )
+    trainer.train()
+    if args.save:
+        _save(trainer, tokenizer, args.output / "policy")
+    _finish(trainer, args.output / "curve.json", round(time.perf_counter() - begin, 1))
+
+
+def _save(trainer: GRPOTrainer, tokenizer: Tokenizer, folder: Path) -> None:
+    # TRL's save_model would put a pickle of the settings beside the weights
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if trainer.accelerator.is_main_process:
+        policy = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+        policy.save_pretrained(folder, state_dict=weights)
+        tokenizer.save_pretrained(folder)
+
+
+def _finish(trainer: GRPOTrainer, path: Path, seconds: float) -> None:
+    """One process writes the curve; all wait for it, and leave together."""
+    logs = trainer.state.log_history
+    curve = [(log["step"], log["eval_reward"]) for log in logs if "eval_reward" in log]
+    found = {
+        "processes": trainer.accelerator.num_processes,
+        "completions_a_process": trainer.args.per_device_train_batch_size,
+        "seconds": seconds,
+        "reward": [log["reward"] for log in logs if "reward" in log],
+        "curve": [{"step": step, "pass_at_1": value} for step, value in curve],
+    }
+    if trainer.accelerator.is_main_process:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        step, value = curve[-1]
+        print(f"processes: {found['processes']}, step {step}: pass@1 {value:.3f}", flush=True)
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

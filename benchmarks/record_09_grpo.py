@@ -176,7 +176,7 @@ def main_run(run, seed, **change):
     looks = range(EVERY, config.iterations + 1, EVERY)
     policy, tokenizer, history, seconds, seen = train(run, config, looks=looks)
     found = ability(policy, tokenizer) | {"curve": seen, "seconds": round(seconds, 1)}
-    names = ("reward", "constant", "length", "length_right", "length_wrong", "grad_norm", "loss")
+    names = ("reward", "constant", "length_right", "length_wrong")
     found["sampled"] = sum(one.sampled for one in history)
     return found | curves(history, *names)
 
@@ -236,8 +236,9 @@ def mostly_hard(run, seed, curriculum):
     kinds = [f"level {one.level}" for one in pool] if curriculum else None
     config = replace(config_of(run, seed), iterations=HARD_ITERATIONS, max_new_tokens=LONG)
     policy, tokenizer, history, seconds, _ = train(run, config, pool=pool, kinds=kinds)
+    hardest = [one.shares.get("level 4", 0.0) for one in history]
     found = {"levels": levels(policy, tokenizer), "seconds": round(seconds, 1)}
-    return found | curves(history, "reward", "constant") | {"shares": [one.shares for one in history]}  # fmt: skip
+    return found | {"hardest": hardest if curriculum else None}
 
 
 def speeds(run, tell):
@@ -371,7 +372,7 @@ def bias(run, tell):
             config = replace(config_of(run, seed), iterations=SHORT, **change)
             policy, tokenizer, history, seconds, _ = train(run, config)
             one = {"rate": rate(policy, tokenizer, problems=HELD_OUT), "seconds": round(seconds, 1)}
-            found["reuse"][name].append(one | curves(history, "reward", "clip_fraction", "approx_kl"))  # fmt: skip
+            found["reuse"][name].append(one | curves(history, "reward", "clip_fraction"))  # fmt: skip
         tell(name, [x["rate"] for x in found["reuse"][name]])
     return found
 

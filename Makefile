@@ -11,8 +11,9 @@ CHROMIUM := $(shell command -v chromium || command -v chromium-browser || comman
 .PHONY: help setup book html test test-ui lab refresh tables tiny reward arithmetic results bench repo clean
 
 # Builds $(1)/_build/html from the notebooks' stored outputs; pages of an earlier build never survive.
-# Warnings and errors come on the other channel; what is silenced is a banner.
-build_pages = rm -rf $(1)/_build/html $(1)/_build/.doctrees && $(BIN)/jupyter-book build $(1) -W -n --keep-going -q >/dev/null
+# Warnings and errors come on the other channel; what is silenced is a banner, and advice of transformers,
+# which gives some for each of its models while the page of the package's functions is made.
+build_pages = rm -rf $(1)/_build/html $(1)/_build/.doctrees && TRANSFORMERS_VERBOSITY=error $(BIN)/jupyter-book build $(1) -W -n --keep-going -q >/dev/null
 
 help: ## this list
 	@echo "RLHF by Experiment"

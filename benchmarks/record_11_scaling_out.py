@@ -1,4 +1,8 @@
-"""Record the runs and measurements of chapter 11: rlhf_helpers/assets/results/11_scaling_out.json."""
+"""Record the runs and measurements of chapter 11: rlhf_helpers/assets/results/11_scaling_out.json.
+
+With the word `costs`, seconds and memory of single steps alone are measured again, and put into the
+file beside the curves that are there.
+"""
 
 import json
 import os
@@ -26,6 +30,7 @@ USED = (
     "warm_up", "max_grad_norm", "scale", "loss_type", "importance", "clip", "clip_high", "beta",
 )  # fmt: skip
 ROOT = Path(__file__).parents[1]
+RECORD = ROOT / "rlhf_helpers" / "assets" / "results" / "11_scaling_out.json"
 
 
 def arguments(seed, **change):
@@ -97,7 +102,27 @@ def brief(found):
     }
 
 
+def costs():
+    """What a step needs; the rest of the record does not depend on it."""
+    return {
+        "by_group": bench_grpo.by_group(),
+        "by_prompt": bench_grpo.by_prompt(),
+        "by_method": bench_grpo.by_method(),
+    }
+
+
+def renew_costs():
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    record["results"] |= costs()
+    RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
 def main():
+    if sys.argv[1:] == ["costs"]:
+        renew_costs()
+        return
+    if sys.argv[1:]:
+        raise SystemExit(f"{' '.join(sys.argv[1:])}: unknown; write costs, or nothing for all")
     torch.set_num_threads(1)
     start = time.perf_counter()
 
@@ -111,10 +136,7 @@ def main():
         "two": [told(f"two processes, seed {s}", launched(2, s)) for s in SEEDS],
         "this book": [told(f"this book, seed {s}", this_book(s)) for s in SEEDS],
         "twice the batch": [told(f"twice the batch, seed {s}", launched(2, s, prompts=64)) for s in FEW_SEEDS],
-        "by_group": bench_grpo.by_group(),
-        "by_prompt": bench_grpo.by_prompt(),
-        "by_method": bench_grpo.by_method(),
-    }  # fmt: skip
+    } | costs()  # fmt: skip
     record_sweep("11_scaling_out", start, settings_of(settings.load()), results)
 
 

@@ -296,7 +296,8 @@ def dpo_trainer(
     response together, which is the same unless letters merge across the border.
 
     Args:
-        policy: trained in place; the reference is a copy of it as it is now.
+        policy: trained in place; the reference is a copy of it as it is now, or only what that
+            copy would say of the pairs, with the option `precompute_ref_log_probs=True`.
         tokenizer, config: as in `dpo.train`.
         data: comparisons of two.
         folder: where TRL writes.
@@ -318,10 +319,13 @@ def dpo_trainer(
         "loss_type": DPO_LOSSES[config.variant],
         "disable_dropout": True,
     }
+    # under FSDP, TRL without a copy would load the reference by the policy's name
+    sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    alone = options.get("precompute_ref_log_probs") and not sharded
     trainer = DPOTrainer(
         policy,
         # TRL copies an adapter by itself, and would not know what to do with a copied policy
-        None if isinstance(policy, PeftModel) else copy.deepcopy(policy),
+        None if alone or isinstance(policy, PeftModel) else copy.deepcopy(policy),
         DPOConfig(**arguments | options),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
@@ -433,9 +437,9 @@ def check_config(path: str | Path) -> dict[str, str]:
         raise ValueError(
             f"{path}: {', '.join(unknown)} is no option of accelerate launch; remove it"
         )
-    if found.use_cpu and found.num_processes > 1 and not args.multi_gpu:
+    if found.use_cpu and found.num_processes > 1 and not (args.multi_gpu or args.mpirun_hostfile):
         raise ValueError(
-            f"{path}: without MPI this starts one process, not {found.num_processes}; "
+            f"{path}: without an mpirun_hostfile this starts one process, not {found.num_processes}; "
             "write distributed_type: MULTI_GPU, which starts processes on CPUs too"
         )
     if args.use_deepspeed:

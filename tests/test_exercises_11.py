@@ -21,8 +21,9 @@ def state_bytes(parameters, processes, stage, numbers=(1, 1, 2)):
 
 def local_losses(sums, counts):
     """From the other side: each token's share of the mean, times what the launcher divides by."""
-    tokens = sum(counts.tolist())
-    return torch.tensor([s / tokens * len(sums) for s in sums.tolist()], dtype=torch.float64)
+    tokens = sum(sum(row) for row in counts.tolist())
+    found = [[s / tokens * len(sums) for s in row] for row in sums.tolist()]
+    return torch.tensor(found, dtype=torch.float64)
 
 
 def shard(prompts, group, rank, processes):
@@ -55,7 +56,7 @@ def test_stub_is_not_attempted(capsys, check, stub):
         (checks.check_state_bytes, state_bytes),
         (checks.check_local_losses, local_losses),
         (checks.check_shard, shard),
-        (checks.check_device_batch, 64),
+        (checks.check_device_batch, 128),
     ],
 )
 def test_right_answer(capsys, check, answer):
@@ -71,17 +72,20 @@ def test_right_answer(capsys, check, answer):
         (checks.check_state_bytes, lambda p, n, s: state_bytes(p, n, 3 if s else 0), "the weights stay whole"),
         (checks.check_state_bytes, lambda p, n, s: state_bytes(p, n, min(s, 2)), "divides the weights too"),
         (checks.check_state_bytes, lambda p, n, s: 16 * p / n if s != 2 else state_bytes(p, n, 2), "stage 0 divides nothing"),
-        (checks.check_local_losses, lambda s, c: s / c, "mean of means"),
+        (checks.check_local_losses, lambda s, c: s / c, "means of micro-batches"),
+        (checks.check_local_losses, lambda s, c: torch.stack([x / n.sum() for x, n in zip(s, c, strict=True)]), "not enough"),
         (checks.check_local_losses, lambda s, c: s / c.sum(), "too small by their number"),
-        (checks.check_local_losses, lambda s, c: s / c.max(), "not by the largest"),
-        (checks.check_local_losses, lambda s, c: s.sum() / c.sum(), "what each process contributes"),
+        (checks.check_local_losses, lambda s, c: local_losses(s, c) * s.shape[1], "only processes are averaged"),
+        (checks.check_local_losses, lambda s, c: s / c.sum() * s.shape[1], "number of micro-batches"),
+        (checks.check_local_losses, lambda s, c: local_losses(s, c).sum(1), "one number a process"),
         (checks.check_shard, lambda p, g, r, n: p.view(n, -1)[r].repeat(g), "not repeat"),
         (checks.check_shard, lambda p, g, r, n: p.view(n, -1)[r], "repeat it for its group"),
         (checks.check_shard, lambda p, g, r, n: p.repeat_interleave(g), "should have its own"),
+        (checks.check_shard, lambda p, g, r, n: p.view(-1, n)[:, r].repeat_interleave(g), "groups are whole, but"),
         (checks.check_device_batch, 8, "those are prompts; TRL counts"),
-        (checks.check_device_batch, 128, "a mini-batch has half"),
-        (checks.check_device_batch, 256, "one of four takes a quarter"),
-        (checks.check_device_batch, 512, "of all processes and both"),
+        (checks.check_device_batch, 256, "a mini-batch has half"),
+        (checks.check_device_batch, 512, "one of four takes a quarter"),
+        (checks.check_device_batch, 1024, "of all processes and both"),
         (checks.check_device_batch, 16, "prompts of a process"),
     ],
 )  # fmt: skip

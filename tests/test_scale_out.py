@@ -5,6 +5,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -186,6 +187,23 @@ def test_dpo_of_an_adapter_starts_at_log_2_and_moves_the_adapter_alone(tmp_path)
     assert all(torch.equal(p, fresh[name]) for name, p in base.items())
 
 
+def test_dpo_with_its_reference_computed_first_keeps_no_second_model(tmp_path):
+    """Oracle: the losses of a run that holds a copy of the policy."""
+    found = {}
+    for first in (False, True):
+        policy, tokenizer = reviewer()  # not the weights that its name stands for
+        config = dpo.Config(batch_size=7, epochs=3, learning_rate=1e-2, warm_up=0.0)
+        trainer = scale_out.dpo_trainer(
+            policy, tokenizer, comparisons(), config, folder=tmp_path, precompute_ref_log_probs=first
+        )  # fmt: skip
+        assert (trainer.ref_model is None) == first
+        trainer.train()
+        found[first] = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert found[True] == pytest.approx(found[False], abs=1e-5)
+    assert found[True][0] == pytest.approx(math.log(2), abs=1e-5)
+    assert found[True][-1] < found[True][0] - 0.05
+
+
 @pytest.mark.parametrize("pad_is_end", [False, True])
 def test_the_reward_model_has_this_books_loss(pad_is_end, tmp_path):
     """Oracle: `reward_model_loss` of `last_scores`, which are told by the mask where a text ends."""
@@ -276,6 +294,24 @@ def test_the_learning_rate_rises_and_falls(tmp_path):
     assert rates == pytest.approx([0, 5e-4, *(1e-3 * (8 - s) / 6 for s in range(2, 8))])
     assert models.weights_digest(policy) != before
     assert not list(tmp_path.rglob("*.bin"))
+
+
+def test_a_run_goes_on_from_its_checkpoint(tmp_path):
+    """Oracle: the weights of a run that was never stopped."""
+    ends = []
+    for resumed in (False, True):
+        policy, tokenizer = adder()
+        arguments = (policy, tokenizer, PROMPTS, arithmetic.exact, SMALL, ANSWERS)
+        often = {"save_strategy": "steps", "save_steps": 2}
+        trainer = scale_out.grpo_trainer(*arguments, folder=tmp_path, **often)
+        trainer.train(resume_from_checkpoint=resumed)
+        ends.append({name: p.detach().clone() for name, p in policy.named_parameters()})
+        shutil.rmtree(tmp_path / "checkpoint-4")  # as if the run had died before its end
+    assert trainer.state.global_step == 4
+    for name, theirs in ends[0].items():
+        torch.testing.assert_close(ends[1][name], theirs, rtol=0, atol=1e-6)
+    before = dict(adder()[0].named_parameters())
+    assert max((before[name] - theirs).abs().max() for name, theirs in ends[0].items()) > 1e-3
 
 
 def test_a_batch_is_that_of_all_processes(tmp_path, monkeypatch):
@@ -387,8 +423,13 @@ def test_a_configuration_that_would_start_one_process_is_refused(tmp_path):
     """Oracle: `accelerate launch` with it, counted by hand: one process."""
     written = yaml.safe_load((scale_out.CONFIGS / "two_cpu_processes.yaml").read_text())
     (tmp_path / "one.yaml").write_text(yaml.safe_dump(written | {"distributed_type": "MULTI_CPU"}))
-    with pytest.raises(ValueError, match="starts one process, not 2"):
+    with pytest.raises(
+        ValueError, match="without an mpirun_hostfile this starts one process, not 2"
+    ):
         scale_out.check_config(tmp_path / "one.yaml")
+    hosts = {"mpirun_config": {"mpirun_hostfile": "hosts"}, "distributed_type": "MULTI_CPU"}
+    (tmp_path / "mpi.yaml").write_text(yaml.safe_dump(written | hosts))
+    assert scale_out.check_config(tmp_path / "mpi.yaml")["ACCELERATE_MIXED_PRECISION"] == "no"
 
 
 @pytest.mark.parametrize("mode", scale_out.VLLM)

@@ -37,8 +37,9 @@ def check_state_bytes(answer: Function) -> None:
 
 
 def check_local_losses(answer: Function) -> None:
-    """Exercise 11.2: answer(sums [R], counts [R]) -> loss of each process, [R], whose plain mean over
-    the processes is the mean over all tokens."""
+    """Exercise 11.2: answer(sums [R, M], counts [R, M]) of M micro-batches in R processes -> loss that each
+    micro-batch reports, [R, M]. They are added in a process, and the processes are averaged; what comes out is
+    the mean over all tokens."""
 
     def right(sums: Tensor, counts: Tensor) -> Tensor:
         return len(sums) * sums / counts.sum()
@@ -47,29 +48,33 @@ def check_local_losses(answer: Function) -> None:
         answer,
         right,
         [
-            (vector([4.0, 9.0]), vector([4.0, 1.0])),
-            (vector([2.0, 0.0, 6.0]), vector([1.0, 5.0, 2.0])),
+            (vector([[4.0, 1.0, 2.0], [9.0, 0.0, 3.0]]), vector([[4.0, 2.0, 1.0], [1.0, 3.0, 5.0]])),
+            (vector([[2.0, 1.0], [0.0, 5.0], [6.0, 3.0]]), vector([[1.0, 4.0], [5.0, 2.0], [2.0, 1.0]])),
         ],
         {
-            "the mean of these is the mean of means: a token of a short answer weighs more.": lambda s, c: (
-                s / c
+            "these are means of micro-batches: a token of a short one weighs more.": lambda s, c: s / c,
+            "the tokens of one process are not enough: divide by those of all.": lambda s, c: (
+                s / c.sum(1, keepdim=True)
             ),
             "the launcher averages over the processes, so this is too small by their number.": lambda s, c: (
                 s / c.sum()
             ),
-            "divide by the tokens of all processes, not by the largest number of them.": lambda s, c: (
-                s / c.max()
+            "only processes are averaged; the gradients of micro-batches are added.": lambda s, c: (
+                s.numel() * s / c.sum()
             ),
-            "this is the mean over all tokens already; return what each process contributes.": lambda s, c: (
-                s.sum() / c.sum()
+            "that is the number of micro-batches; what is averaged are processes.": lambda s, c: (
+                s.shape[1] * s / c.sum()
+            ),
+            "that is one number a process; return one for each micro-batch.": lambda s, c: (
+                len(s) * s.sum(1) / c.sum()
             ),
         },
-    )
+    )  # fmt: skip
 
 
 def check_shard(answer: Function) -> None:
     """Exercise 11.3: answer(prompts [B], group, rank, processes) -> the prompt of each completion that
-    this process samples, whole groups of neighbours."""
+    this process samples: the first prompts are those of process 0, and samples of a prompt are neighbours."""
 
     def right(prompts: Tensor, group: int, rank: int, processes: int) -> Tensor:
         size = len(prompts) // processes
@@ -88,6 +93,9 @@ def check_shard(answer: Function) -> None:
                 right(p, 1, r, n).repeat(g)
             ),
             "each prompt appears once: repeat it for its group.": lambda p, g, r, n: right(p, 1, r, n),
+            "groups are whole, but process 0 takes the first prompts, process 1 the next ones, and so on.": lambda p, g, r, n: (
+                p[r::n].repeat_interleave(g)
+            ),
             "every process samples all prompts here; each should have its own.": lambda p, g, r, n: (
                 p.repeat_interleave(g)
             ),
@@ -97,15 +105,15 @@ def check_shard(answer: Function) -> None:
 
 
 def check_device_batch(answer: float | None) -> None:
-    """Exercise 11.4: TRL's per_device_train_batch_size for 64 prompts of 8 samples, 2 mini-batches, 4 processes."""
+    """Exercise 11.4: TRL's per_device_train_batch_size for 64 prompts of 16 samples, 2 mini-batches, 4 processes."""
     judge_number(
         answer,
-        64,
+        128,
         {
             "those are prompts; TRL counts completions.": 8,
-            "that is all of a process's completions; a mini-batch has half of them.": 128,
-            "that is the mini-batch of all processes together; one of four takes a quarter.": 256,
-            "those are the completions of all processes and both mini-batches.": 512,
+            "that is all of a process's completions; a mini-batch has half of them.": 256,
+            "that is the mini-batch of all processes together; one of four takes a quarter.": 512,
+            "those are the completions of all processes and both mini-batches.": 1024,
             "those are prompts of a process; TRL counts completions, and a mini-batch has half.": 16,
         },
     )

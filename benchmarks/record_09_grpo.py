@@ -1,6 +1,6 @@
 """Record the sweeps of chapter 09, on sums and on the exact language: rlhf_helpers/assets/results/09_grpo.json.
 
-With the names of some parts (methods, bias, signal, weak, exact), these alone are made, and printed.
+With the names of some parts (methods, bias, signal, hard, weak, exact), these alone are made, and printed.
 """
 
 import copy
@@ -132,9 +132,9 @@ def rate(policy, tokenizer, level=LEVEL, new=16, problems=LOOK["problems"], samp
     return round(found.double().mean().item(), 4)
 
 
-def ability(policy, tokenizer, new=16):
+def ability(policy, tokenizer, level=LEVEL, new=16):
     """pass@k for all k, greedy accuracy, and how many held-out problems no sample solved."""
-    held_out = arithmetic.sample(HELD_OUT, LEVEL, "held_out")
+    held_out = arithmetic.sample(HELD_OUT, level, "held_out")
     right = grpo.solve(policy, tokenizer, held_out, SAMPLES, new, seed=1)
     greedy = grpo.solve(policy, tokenizer, held_out, 1, new, greedy=True)
     return {
@@ -238,6 +238,7 @@ def mostly_hard(run, seed, curriculum):
     policy, tokenizer, history, seconds, _ = train(run, config, pool=pool, kinds=kinds)
     hardest = [one.shares.get("level 4", 0.0) for one in history]
     found = {"levels": levels(policy, tokenizer), "seconds": round(seconds, 1)}
+    found["ability"] = ability(policy, tokenizer, 4, LONG)
     return found | {"hardest": hardest if curriculum else None}
 
 
@@ -379,12 +380,19 @@ def bias(run, tell):
 
 def signal(run, tell):
     """Where there is something to learn."""
-    found = {"speed": speeds(run, tell), "hard": {}}
+    return {"speed": speeds(run, tell)}
+
+
+def hard(run, tell):
+    found = {"hard": {}}
     for name, curriculum in (("random order", False), ("curriculum", True)):
         found["hard"][name] = [mostly_hard(run, s, curriculum) for s in SWEEP_SEEDS]
         tell(name, [x["levels"] for x in found["hard"][name]])
     start, tokenizer = grpo.of_chapter_09(run)
-    found["hard"]["before"] = levels(start, tokenizer)
+    found["hard"]["before"] = {
+        "levels": levels(start, tokenizer),
+        "ability": ability(start, tokenizer, 4, LONG),
+    }
     return found
 
 
@@ -400,6 +408,7 @@ PARTS = {
     "methods": methods,
     "bias": bias,
     "signal": signal,
+    "hard": hard,
     "weak": weak,
     "exact": lambda run, tell: {"exact": [exact(seed, tell) for seed in SWEEP_SEEDS]},
 }

@@ -60,6 +60,7 @@ def test_stub_is_not_attempted(capsys, check, stub):
         (checks.check_pass_at_k, pass_at_k),
         (checks.check_mean_of_means, mean_of_means),
         (checks.check_constant_share, 0.43046722),
+        (checks.check_constant_share, 0.43),
     ],
 )
 def test_right_answer(capsys, check, answer):
@@ -88,6 +89,7 @@ def test_right_answer(capsys, check, answer):
         (checks.check_constant_share, 1e-8, "all wrong teaches nothing"),
         (checks.check_constant_share, 0.9, "one wrong answer"),
         (checks.check_constant_share, 0.1, "the pass rate"),
+        (checks.check_constant_share, 43.05, "between 0 and 1"),
     ],
 )  # fmt: skip
 def test_typical_mistake_is_named(capsys, check, answer, message):

@@ -2,6 +2,7 @@
 processes against one, a process that is killed, configurations against accelerate's own checks."""
 
 import copy
+import importlib
 import json
 import math
 import os
@@ -597,6 +598,25 @@ def test_the_recorded_curves_of_one_and_two_processes_agree():
     assert ((one.mean(0) - two.mean(0)).abs() < 4.5 * error).all()
     for curves in (one, two):
         assert (curves[:, -1] - curves[:, 0]).min() > 0.3
+
+
+def test_costs_are_renewed_beside_the_curves(tmp_path, monkeypatch):
+    """Oracle: the file as it was, but for the rows that were measured."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    script = importlib.import_module("record_11_scaling_out")
+    before = script.RECORD.read_text(encoding="utf-8")
+    (tmp_path / "record.json").write_text(before, encoding="utf-8")
+    monkeypatch.setattr(script, "RECORD", tmp_path / "record.json")
+    monkeypatch.setattr(script.sys, "argv", ["record", "costs"])
+    wanted = json.loads(before)
+    for name in ("by_group", "by_prompt", "by_method"):
+        monkeypatch.setattr(script.bench_grpo, name, lambda name=name: [name])
+        wanted["results"][name] = [name]
+    script.main()
+    assert json.loads((tmp_path / "record.json").read_text(encoding="utf-8")) == wanted
+    monkeypatch.setattr(script.sys, "argv", ["record", "cost"])
+    with pytest.raises(SystemExit, match="cost: unknown"):
+        script.main()
 
 
 def test_a_killed_process_ends_the_run(tmp_path):

@@ -104,6 +104,7 @@ def check_constant_share(answer: float | None) -> None:
             "that is the chance that all eight are right; all wrong teaches nothing, too.": 0.1**8,
             "that is the chance of one wrong answer.": 0.9,
             "that is the pass rate.": 0.1,
+            "write it as a share, between 0 and 1.": 100 * nothing,
         },
-        tolerance=1e-4,
+        tolerance=0.005,
     )

@@ -196,6 +196,24 @@ def test_what_is_known_of_a_kind_is_a_running_mean_of_the_variance():
     assert run.learnability == pytest.approx({"a": 1 / 3, "b": (1 - grpo.FORGET) * grpo.FORGET / 3})
 
 
+def test_rounds_of_one_iteration_are_each_noted_under_their_own_kinds():
+    """Oracle: constant rewards have no variance, whichever round they came in."""
+    config = Config(**{**SMALL.__dict__, "prompts": 4, "constant_groups": "resample", "rounds": 8})
+    run = started(config)
+    kinds = ["taught", "constant"]
+    _, told = grpo.collect(run, ["ab", "c"], constant_for("a"), config, kinds=kinds)
+    assert run.rounds > 1
+    assert set(told["shares"]) == {"taught", "constant"}
+    assert run.learnability["constant"] == 0.0
+    assert run.learnability["taught"] > 0.0
+
+
+def test_a_run_goes_on_with_its_own_kinds_only(tmp_path):
+    weights_after(tmp_path, stop=2, kinds=["a", "b", "b", "a"])
+    with pytest.raises(ValueError, match="prompts"):
+        weights_after(tmp_path, kinds=["a", "a", "b", "b"])
+
+
 def test_a_curriculum_leaves_alone_what_teaches_nothing():
     """Oracle: two kinds, one of them with constant rewards: it gets its even share alone."""
     config = Config(**{**SMALL.__dict__, "iterations": 40, "prompts": 8, "learning_rate": 1e-5})

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import json
 import os
 import time
@@ -541,7 +542,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trainer.train()
     if args.save:
         _save(trainer, tokenizer, args.output / "policy")
+    group = torch.distributed.group.WORLD
     _finish(trainer, args.output / "curve.json", round(time.perf_counter() - begin, 1))
+    # freed with the trainer, torch 2.13's group would wait, holding Python's lock, for a thread that
+    # waits for this lock; so the group goes last
+    del trainer
+    gc.collect()
+    del group
 
 
 def _save(trainer: GRPOTrainer, tokenizer: Tokenizer, folder: Path) -> None:

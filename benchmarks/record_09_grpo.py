@@ -1,6 +1,6 @@
 """Record the sweeps of chapter 09, on sums and on the exact language: rlhf_helpers/assets/results/09_grpo.json.
 
-With the names of some parts (methods, bias, signal, hard, weak, exact), these alone are made, and printed.
+With the names of some parts (methods, bias, signal, hard, difficulty, weak, exact), these alone are made, and printed.
 """
 
 import copy
@@ -48,6 +48,7 @@ WEIGHTS = {
 }
 # a data set of which most is too hard: how many problems of each level
 MOSTLY_HARD = {1: 80, 2: 600, 3: 600, 4: 12_000}
+EVENLY = {2: 700, 3: 700, 4: 700}
 HARD_ITERATIONS = 200
 # how fast is a policy that solves this share? ten small steps from policies along a run
 STOPS = [5, 12, 20, 40, 80, 160, 280]
@@ -113,6 +114,7 @@ def settings_of(run):
         "reuse": REUSE,
         "weights": WEIGHTS,
         "mostly_hard": {str(level): count for level, count in MOSTLY_HARD.items()},
+        "evenly": {str(level): count for level, count in EVENLY.items()},
         "hard_iterations": HARD_ITERATIONS,
         "stops": STOPS,
         "speed": SPEED,
@@ -227,14 +229,14 @@ def levels(policy, tokenizer):
     return {str(level): rate(policy, tokenizer, level, LONG, 150) for level in arithmetic.LEVELS}
 
 
-def mostly_hard(run, seed, curriculum):
-    """Training on a set of which most is too hard, in a random order or by the curriculum."""
+def mixture(run, seed, counts, curriculum=False, **change):
+    """Training on problems of several levels, in a random order or by the curriculum."""
     pool = []
-    for level, count in MOSTLY_HARD.items():
-        known = arithmetic.problems(level, "train")
-        pool += known * (count // len(known)) if count >= len(known) else arithmetic.sample(count, level, "train", seed)  # fmt: skip
+    for level, count in counts.items():
+        pool += arithmetic.sample(count, level, "train", seed)
     kinds = [f"level {one.level}" for one in pool] if curriculum else None
     config = replace(config_of(run, seed), iterations=HARD_ITERATIONS, max_new_tokens=LONG)
+    config = replace(config, **change)
     policy, tokenizer, history, seconds, _ = train(run, config, pool=pool, kinds=kinds)
     hardest = [one.shares.get("level 4", 0.0) for one in history]
     found = {"levels": levels(policy, tokenizer), "seconds": round(seconds, 1)}
@@ -386,7 +388,7 @@ def signal(run, tell):
 def hard(run, tell):
     found = {"hard": {}}
     for name, curriculum in (("random order", False), ("curriculum", True)):
-        found["hard"][name] = [mostly_hard(run, s, curriculum) for s in SWEEP_SEEDS]
+        found["hard"][name] = [mixture(run, s, MOSTLY_HARD, curriculum) for s in SWEEP_SEEDS]
         tell(name, [x["levels"] for x in found["hard"][name]])
     start, tokenizer = grpo.of_chapter_09(run)
     found["hard"]["before"] = {
@@ -394,6 +396,15 @@ def hard(run, tell):
         "ability": ability(start, tokenizer, 4, LONG),
     }
     return found
+
+
+def difficulty(run, tell):
+    """As many problems of each difficulty, with the division by the standard deviation and without."""
+    found = {}
+    for scale in ("group", "none"):
+        found[scale] = [mixture(run, s, EVENLY, scale=scale) for s in SWEEP_SEEDS]
+        tell(f"difficulty, {scale}", [one["levels"] for one in found[scale]])
+    return {"difficulty": found}
 
 
 def weak(run, tell):
@@ -409,6 +420,7 @@ PARTS = {
     "bias": bias,
     "signal": signal,
     "hard": hard,
+    "difficulty": difficulty,
     "weak": weak,
     "exact": lambda run, tell: {"exact": [exact(seed, tell) for seed in SWEEP_SEEDS]},
 }

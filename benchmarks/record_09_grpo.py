@@ -156,14 +156,18 @@ def curves(history, *names):
 # --- training --------------------------------------------------------------------------------------
 
 
+def columns_of(pool):
+    """Prompts of problems, and the answers that the reward function is given."""
+    return [one.prompt for one in pool], {"answer": [one.answer for one in pool]}
+
+
 def train(run, config, reward=arithmetic.exact, pool=None, kinds=None, looks=()):
     """GRPO on problems; the policy, its tokenizer, the history, CPU seconds without the looks, and
     pass@1 on held-out problems after the iterations in `looks`."""
     policy, tokenizer = grpo.of_chapter_09(run)
     pool = arithmetic.problems(LEVEL, "train") if pool is None else pool
-    answers = {"answer": [one.answer for one in pool]}
+    prompts, answers = columns_of(pool)
     history, seen, seconds, begin = [], [], 0.0, time.process_time()
-    prompts = [one.prompt for one in pool]
     for metrics in grpo.train(policy, tokenizer, prompts, reward, config, answers, kinds):
         history.append(metrics)
         if metrics.iteration in looks:
@@ -186,9 +190,8 @@ def main_run(run, seed, **change):
 def with_values(run, seed):
     """PPO."""
     policy, tokenizer = grpo.of_chapter_09(run)
-    pool = arithmetic.problems(LEVEL, "train")
-    answers = {"answer": [one.answer for one in pool]}
-    seen, explained, prompts = [], [], [one.prompt for one in pool]
+    prompts, answers = columns_of(arithmetic.problems(LEVEL, "train"))
+    seen, explained = [], []
     begin, seconds = time.process_time(), 0.0
     config = value_config(run, seed)
     for metrics in ppo.train(policy, tokenizer, prompts, arithmetic.exact, config, columns=answers):
@@ -209,7 +212,7 @@ def rejection_sampled(run, seed):
     seen, kept, begin, seconds = [], [], time.process_time(), 0.0
     for index in range(config.iterations):
         chosen = [pool[i] for i in ppo.prompt_indices(len(pool), index, config)]
-        some, answers = [one.prompt for one in chosen], {"answer": [one.answer for one in chosen]}
+        some, answers = columns_of(chosen)
         group, new = config.samples_per_prompt, config.max_new_tokens
         found = ppo.respond(policy, tokenizer, some, arithmetic.exact, luck, group, new, 1.0, answers)  # fmt: skip
         right = (found.scores == 1) & found.ended
@@ -249,8 +252,8 @@ def speeds(run, tell):
     config = config_of(run, SEEDS[-1] + 1)
     start, tokenizer = grpo.of_chapter_09(run)
     places = [("level 2", start, 2, 16), ("level 3", start, 3, 16), ("level 4", start, 4, LONG)]
-    policy, pool = copy.deepcopy(start), arithmetic.problems(LEVEL, "train")
-    answers, prompts = {"answer": [one.answer for one in pool]}, [one.prompt for one in pool]
+    policy = copy.deepcopy(start)
+    prompts, answers = columns_of(arithmetic.problems(LEVEL, "train"))
     for metrics in grpo.train(policy, tokenizer, prompts, arithmetic.exact, config, answers):
         if metrics.iteration in STOPS:
             places.append((f"level 3 after {metrics.iteration}", copy.deepcopy(policy), 3, 16))
@@ -259,8 +262,8 @@ def speeds(run, tell):
         before = rate(at, tokenizer, level, new, 170, 32)
         one = {"name": name, "level": level, "before": before, "gains": [], "constant": []}
         for seed in SWEEP_SEEDS:
-            policy, pool = copy.deepcopy(at), arithmetic.problems(level, "train")
-            answers, prompts = {"answer": [x.answer for x in pool]}, [x.prompt for x in pool]
+            policy = copy.deepcopy(at)
+            prompts, answers = columns_of(arithmetic.problems(level, "train"))
             small = replace(config, **SPEED, max_new_tokens=new, seed=seed)
             history = list(grpo.train(policy, tokenizer, prompts, arithmetic.exact, small, answers))
             one["gains"].append(round(rate(policy, tokenizer, level, new, 170, 32) - before, 4))

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import bench_ppo
 import torch
-from bench_ppo import MEMORY, main, measured, prepare, resident, settled
+from bench_ppo import MEMORY, PLAIN, main, measured, prepare, resident, settled
 from transformers import GPT2Config
 
 SIDES = (
@@ -140,13 +140,8 @@ def trl(work, micro_batch, precompute):
             num_train_epochs=1,
             learning_rate=LEARNING_RATE,
             train_sampling_strategy="sequential",
-            gradient_checkpointing=False,
             use_cpu=True,
-            bf16=False,
-            report_to="none",
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
+            **PLAIN,
         )
         frozen = None if precompute else copy.deepcopy(model)
         return Trainer(model, frozen, arguments, train_dataset=rows, processing_class=tokenizer, callbacks=[Clock()])  # fmt: skip

@@ -19,7 +19,17 @@ import bench_dpo
 import bench_ppo
 import torch
 from bench_dpo import clocks, small
-from bench_ppo import MEMORY, Work, main, measured, prepare, resident, settled, share_of_even_words
+from bench_ppo import (
+    MEMORY,
+    PLAIN,
+    Work,
+    main,
+    measured,
+    prepare,
+    resident,
+    settled,
+    share_of_even_words,
+)
 from transformers import GPT2Config
 
 from rlhf_helpers import costs
@@ -119,13 +129,8 @@ def grpo_trainer(model, tokenizer, prompts, work, turns, device="cpu", marks=Non
         loss_type="grpo",
         max_steps=work.epochs * turns,
         learning_rate=LEARNING_RATE,
-        gradient_checkpointing=False,
         use_cpu=device == "cpu",
-        bf16=False,
-        report_to="none",
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
+        **PLAIN,
     )
     return Trainer(model, share_of_even_words, arguments, train_dataset=Dataset.from_dict({"prompt": prompts}), processing_class=tokenizer, callbacks=[Clock()])  # fmt: skip
 

@@ -53,6 +53,17 @@ WORKS = {
 }  # fmt: skip
 
 
+# what TRL does beside a step, switched off
+PLAIN = {
+    "gradient_checkpointing": False,
+    "bf16": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "logging_strategy": "no",
+    "disable_tqdm": True,
+}
+
+
 def prepare(work):
     """A random model, a tokenizer of as many words as it has tokens, and prompts of one length."""
     torch.manual_seed(0)
@@ -124,13 +135,8 @@ def trl(work):
         beta=0.05,
         max_steps=work.epochs * (work.turns + 1),
         learning_rate=1e-5,
-        gradient_checkpointing=False,
         use_cpu=True,
-        bf16=False,
-        report_to="none",
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
+        **PLAIN,
     )
     trainer = GRPOTrainer(model, share_of_even_words, arguments, train_dataset=Dataset.from_dict({"prompt": prompts}), processing_class=tokenizer, callbacks=[Clock()])  # fmt: skip
     settled()

@@ -389,6 +389,7 @@ def signal(run, tell):
 
 
 def hard(run, tell):
+    """A set of which most is too hard, with and without the curriculum."""
     found = {"hard": {}}
     for name, curriculum in (("random order", False), ("curriculum", True)):
         found["hard"][name] = [mixture(run, s, MOSTLY_HARD, curriculum) for s in SWEEP_SEEDS]
@@ -411,6 +412,7 @@ def difficulty(run, tell):
 
 
 def weak(run, tell):
+    """What a checker that can be cheated teaches, by how tokens are weighed."""
     found = {}
     for loss_type in WEAK:
         found[loss_type] = [weak_checker(run, seed, loss_type) for seed in SWEEP_SEEDS]

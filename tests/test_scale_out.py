@@ -298,17 +298,23 @@ def test_the_learning_rate_rises_and_falls(tmp_path):
 
 
 def test_a_run_goes_on_from_its_checkpoint(tmp_path):
-    """Oracle: the weights of a run that was never stopped."""
-    ends = []
+    """Oracle: the weights of a run that was never stopped; and half as many completions are judged."""
+    ends, judged = [], {False: 0, True: 0}
     for resumed in (False, True):
+
+        def reward(prompts, completions, resumed=resumed, **columns):
+            judged[resumed] += len(completions)
+            return arithmetic.exact(prompts, completions, columns["answer"])
+
         policy, tokenizer = adder()
-        arguments = (policy, tokenizer, PROMPTS, arithmetic.exact, SMALL, ANSWERS)
+        arguments = (policy, tokenizer, PROMPTS, reward, SMALL, ANSWERS)
         often = {"save_strategy": "steps", "save_steps": 2}
         trainer = scale_out.grpo_trainer(*arguments, folder=tmp_path, **often)
         trainer.train(resume_from_checkpoint=resumed)
         ends.append({name: p.detach().clone() for name, p in policy.named_parameters()})
         shutil.rmtree(tmp_path / "checkpoint-4")  # as if the run had died before its end
     assert trainer.state.global_step == 4
+    assert judged[True] == judged[False] / 2 > 0
     for name, theirs in ends[0].items():
         torch.testing.assert_close(ends[1][name], theirs, rtol=0, atol=1e-6)
     before = dict(adder()[0].named_parameters())

@@ -207,7 +207,8 @@ def chances(kinds: Sequence[str], learnability: Mapping[str, float]) -> dict[str
     Args:
         kinds: the different kinds.
         learnability: of those that were drawn before.
-    Source: Foster et al. 2025, "Learning to Reason at the Frontier of Learnability", by kinds of prompts instead of single ones.
+    Source: Foster et al. 2025, "Learning to Reason at the Frontier of Learnability", by kinds of
+        prompts instead of single ones.
     """
     best = max(learnability.values(), default=1.0)
     found = {kind: learnability.get(kind, best) for kind in kinds}

@@ -53,7 +53,7 @@ $(UI_INSTALLED): requirements-ui.txt requirements.txt
 lab: setup ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
 
-refresh: setup ## run NOTEBOOK=01_bandit (or all) and store its outputs
+refresh: setup ## run NOTEBOOK=bandit (or all) and store its outputs
 	$(BIN)/python tools/refresh.py $(NOTEBOOK)
 	@$(MAKE) -s tables
 
@@ -63,13 +63,13 @@ tables: setup ## write the pages book/equations.md and book/status.md
 
 tiny: setup ## train the tiny GPT-2 again (about ten minutes)
 	@# idle threads sleep: on a machine that is busy otherwise, spinning ones cost more than they bring
-	OMP_WAIT_POLICY=passive $(BIN)/python tools/make_tiny.py
+	OMP_WAIT_POLICY=passive $(BIN)/python -m experiments.train_tiny_gpt2
 
 reward: setup ## train the shipped reward model again (half a minute)
-	$(BIN)/python tools/make_reward.py
+	$(BIN)/python -m experiments.train_tiny_reward
 
 arithmetic: setup ## train the shipped model that adds again (about nine minutes)
-	$(BIN)/python tools/make_arithmetic.py
+	$(BIN)/python -m experiments.train_tiny_arithmetic
 
 results: setup ## record the long sweeps that notebooks draw
 	@for script in $(wildcard benchmarks/record_*.py); do \

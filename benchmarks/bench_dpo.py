@@ -17,10 +17,11 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import bench_ppo
 import torch
-from bench_ppo import MEMORY, PLAIN, main, measured, prepare, resident, settled
 from transformers import GPT2Config
+
+from benchmarks import bench_ppo
+from benchmarks.bench_ppo import MEMORY, PLAIN, main, measured, prepare, resident, settled
 
 SIDES = (
     "this package",

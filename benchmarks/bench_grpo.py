@@ -15,11 +15,12 @@ import itertools
 import json
 import tempfile
 
-import bench_dpo
-import bench_ppo
 import torch
-from bench_dpo import clocks, small
-from bench_ppo import (
+from transformers import GPT2Config
+
+from benchmarks import bench_dpo, bench_ppo
+from benchmarks.bench_dpo import clocks, small
+from benchmarks.bench_ppo import (
     MEMORY,
     PLAIN,
     Work,
@@ -30,8 +31,6 @@ from bench_ppo import (
     settled,
     share_of_even_words,
 )
-from transformers import GPT2Config
-
 from rlhf_helpers import costs
 
 OURS, TRL = SIDES = "this package", "TRL GRPO"

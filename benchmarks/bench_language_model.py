@@ -15,11 +15,11 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
-from bench_book import machine
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging
 
+from benchmarks.bench_book import machine
 from rlhf_helpers.logprobs import completion_log_probs
 from rlhf_helpers.rollout import Rollout, sample
 from rlhf_helpers.settings import TINY
@@ -260,8 +260,9 @@ def resident(field):
 
 
 def in_a_process(*arguments):
-    command = [sys.executable, __file__, *arguments]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    command = [sys.executable, "-m", "benchmarks.bench_language_model", *arguments]
+    how = {"cwd": Path(__file__).resolve().parents[1], "text": True, "check": True}
+    output = subprocess.run(command, stdout=subprocess.PIPE, **how).stdout
     return json.loads(output.splitlines()[-1])
 
 

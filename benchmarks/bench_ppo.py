@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from bench_book import machine
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
 
+from benchmarks.bench_book import machine
 from rlhf_helpers.settings import TINY
 
 SIDES = (
@@ -179,8 +179,9 @@ def child(name, side):
 def measured(script, name, side):
     """What a child process says of one side, its last line of output read as JSON."""
     quiet = os.environ | {"TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, script, name, side]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=quiet).stdout  # fmt: skip
+    command = [sys.executable, "-m", f"benchmarks.{Path(script).stem}", name, side]
+    how = {"cwd": Path(script).resolve().parents[1], "env": quiet, "text": True, "check": True}
+    output = subprocess.run(command, stdout=subprocess.PIPE, **how).stdout
     return json.loads(output.splitlines()[-1])
 
 

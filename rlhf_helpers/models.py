@@ -27,8 +27,8 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_helpers import settings
+from rlhf_helpers._forward import check_groups, completion_states
 from rlhf_helpers._validate import in_range, same_shape
-from rlhf_helpers.logprobs import _check_groups, _states
 
 TINY = settings.TINY
 # Names that model families give to the projections of the attention to query, key and value.
@@ -348,8 +348,8 @@ class ValueModel(nn.Module):
         same_shape(tokens=tokens, attention_mask=attention_mask)
         in_range(completion_length, "completion_length", 1, tokens.shape[1] - 1)
         mask = attention_mask.long()
-        _check_groups(tokens, mask, completion_length, samples_per_prompt)
+        check_groups(tokens, mask, completion_length, samples_per_prompt)
         # the state before token t has seen tokens up to t − 1, so the last token is not needed
-        hidden = _states(self.trunk, tokens, mask, completion_length, samples_per_prompt)
+        hidden = completion_states(self.trunk, tokens, mask, completion_length, samples_per_prompt)
         values = self.head(hidden).squeeze(-1)
         return values.masked_fill(mask[:, -completion_length:] == 0, 0.0)

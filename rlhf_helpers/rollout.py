@@ -11,18 +11,18 @@ from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from rlhf_helpers._validate import in_range, same_shape
-from rlhf_helpers.logprobs import (
-    _check_context,
-    _check_left_padded,
-    _check_vocabulary,
-    _evaluating,
-    _has_cache,
-    _language_model,
-    _repeatable,
-    _run,
-    token_log_probs,
+from rlhf_helpers._forward import (
+    check_context,
+    check_left_padded,
+    check_vocabulary,
+    evaluating,
+    has_cache,
+    language_model,
+    repeatable,
+    run_model,
 )
+from rlhf_helpers._validate import in_range, same_shape
+from rlhf_helpers.logprobs import token_log_probs
 from rlhf_helpers.models import decode, encode_prompts
 
 
@@ -92,7 +92,7 @@ def sample(
     )
     luck = {"dtype": torch.float64, "device": tokens.device, "generator": generator}
     rows, log_probs = torch.arange(len(tokens), device=tokens.device), []
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         logits, past = _start(model, *prompts, max_new_tokens, samples_per_prompt)
         for end in range(width + 1, width + max_new_tokens + 1):
             _check_logits(logits, rows, end - width)
@@ -162,10 +162,10 @@ def _check_prompts(model: nn.Module, tokens: Tensor, mask: Tensor, max_new_token
             f"prompt_mask: row {empty.nonzero()[0].item()} is an empty prompt; "
             "give it one token, e.g. the beginning-of-sequence token"
         )
-    _check_left_padded(mask, "prompt_mask")
-    _check_vocabulary(model, tokens, "prompt_tokens")
+    check_left_padded(mask, "prompt_mask")
+    check_vocabulary(model, tokens, "prompt_tokens")
     longest = int(mask.sum(-1).max())
-    _check_context(
+    check_context(
         model,
         longest + max_new_tokens,
         "max_new_tokens",
@@ -181,10 +181,10 @@ def _end_tokens(
 ) -> Tensor:
     if pad_token_id is None:
         raise ValueError("pad_token_id is None; pass a token, the end token will do")
-    _check_vocabulary(model, torch.tensor([pad_token_id]), "pad_token_id")
+    check_vocabulary(model, torch.tensor([pad_token_id]), "pad_token_id")
     ends = [] if eos_token_id is None else eos_token_id
     ends = torch.as_tensor(ends, dtype=torch.long, device=device).reshape(-1)
-    _check_vocabulary(model, ends, "eos_token_id")
+    check_vocabulary(model, ends, "eos_token_id")
     return ends
 
 
@@ -244,7 +244,7 @@ def _next(model: nn.Module, tokens: Tensor, mask: Tensor, past: Any) -> tuple[Te
 
 def _logits(model: nn.Module, tokens: Tensor, mask: Tensor, past: Any) -> tuple[Tensor, Any]:
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    logits, _ = _run(model, tokens, mask, positions, 1, past, use_cache=past is not None)
+    logits, _ = run_model(model, tokens, mask, positions, 1, past, use_cache=past is not None)
     return logits.squeeze(1), past
 
 
@@ -260,12 +260,12 @@ def _drop(going: Tensor, rows: Tensor, past: Any) -> Tensor:
 
 def _new_cache(model: nn.Module, new_tokens: int) -> Any:
     """An empty cache, or None if the model has none whose rows can be repeated and dropped."""
-    if not _has_cache(model):
+    if not has_cache(model):
         return None
-    cache = DynamicCache(config=_language_model(model).config)
+    cache = DynamicCache(config=language_model(model).config)
     if all(type(layer) is DynamicLayer for layer in cache.layers):
         return Cache(layers=[_RoomyLayer(new_tokens) for _ in cache.layers])
-    return cache if _repeatable(cache) else None
+    return cache if repeatable(cache) else None
 
 
 class _RoomyLayer(DynamicLayer):

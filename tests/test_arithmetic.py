@@ -6,7 +6,6 @@ import re
 import time
 from collections import Counter
 
-import make_arithmetic
 import pytest
 import torch
 from hypothesis import given
@@ -14,11 +13,12 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
+from experiments import train_tiny_arithmetic
 from rlhf_helpers import models, rewards
 from rlhf_helpers.algorithms import ppo
 from rlhf_helpers.worlds import arithmetic
 
-FOLDER = make_arithmetic.FOLDER
+FOLDER = train_tiny_arithmetic.FOLDER
 ALL = [(level, split) for level in arithmetic.LEVELS for split in arithmetic.SPLITS]
 
 
@@ -460,7 +460,7 @@ def test_pass_rates_are_in_their_bands_and_the_card_tells_them(adder):
         some = arithmetic.problems(int(level), "held_out")
         some = random.Random(0).sample(some, min(200, len(some)))
         generator = torch.Generator().manual_seed(1)
-        right, _ = make_arithmetic.rewards_of(*adder, some, 8, generator=generator)
+        right, _ = train_tiny_arithmetic.rewards_of(*adder, some, 8, generator=generator)
         rates[int(level)] = right.mean().item()
         assert abs(rates[int(level)] - float(rate)) < 4 * 2**0.5 * float(error) + 0.01
     assert rates[1] > 0.9
@@ -493,11 +493,11 @@ def test_the_loop_of_the_book_runs_on_it():
 
 def test_the_command_makes_one_and_makes_the_same_again(monkeypatch, tmp_path):
     for name, small in {"STEPS": 3, "BATCH": 8, "PROBLEMS": 4, "SAMPLES": 2}.items():
-        monkeypatch.setattr(make_arithmetic, name, small)
-    monkeypatch.setattr(make_arithmetic.evaluate, "__defaults__", (4, 2))
+        monkeypatch.setattr(train_tiny_arithmetic, name, small)
+    monkeypatch.setattr(train_tiny_arithmetic.evaluate, "__defaults__", (4, 2))
     weights = []
     for folder in (tmp_path / "first", tmp_path / "again"):
-        make_arithmetic.main(folder)
+        train_tiny_arithmetic.main(folder)
         weights.append((folder / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]
     assert "3 steps of AdamW on 8 demonstrations" in (folder / "README.md").read_text("utf-8")

@@ -58,7 +58,7 @@ def test_set_repo_leaves_no_trace_of_the_old_address(copy):
     assert not [
         path for path, text in after.items() if old in text or set_repo.pages_host(old) in text
     ]
-    assert set_repo.colab_url("01_bandit", copy).startswith(
+    assert set_repo.colab_url("bandit", copy).startswith(
         "https://colab.research.google.com/github/some-one/a.fork/blob/"
     )
     assert "https://some-one.github.io/a.fork/" in after[(copy / "README.md").relative_to(copy)]

@@ -18,8 +18,7 @@ FILES = sorted(FOLDER.glob("*.json"))
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_the_settings_in_the_file_are_those_of_the_code(path, monkeypatch):
     monkeypatch.delenv("RLHF_SCALE", raising=False)
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    script = importlib.import_module(f"record_{path.stem}")
+    script = importlib.import_module(f"experiments.{path.stem}")
     record = json.loads(path.read_text())
     wanted = json.loads(json.dumps(script.settings_of(settings.load())))
     assert record["settings"] == wanted, "run `make results`"
@@ -28,7 +27,7 @@ def test_the_settings_in_the_file_are_those_of_the_code(path, monkeypatch):
 
 
 def test_the_sweep_of_chapter_05_has_every_run():
-    record = json.loads((FOLDER / "05_sft_lora.json").read_text())
+    record = json.loads((FOLDER / "sft_lora.json").read_text())
     results, asked = record["results"], record["settings"]
     for name in ("response", "all"):
         curves = results[name]["held_out"]
@@ -45,10 +44,10 @@ def test_the_sweep_of_chapter_05_has_every_run():
 
 def test_sweeps_are_for_the_scale_they_were_recorded_at(monkeypatch):
     monkeypatch.setenv("RLHF_SCALE", "tiny")
-    assert recorded_sweep("05_sft_lora", settings.load())["steps"]
+    assert recorded_sweep("sft_lora", settings.load())["steps"]
     monkeypatch.setenv("RLHF_SCALE", "gpt2")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert recorded_sweep("05_sft_lora", settings.load()) is None
+    assert recorded_sweep("sft_lora", settings.load()) is None
 
 
 def test_a_recorded_sweep_says_what_made_it(tmp_path, monkeypatch):

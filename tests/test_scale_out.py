@@ -608,7 +608,7 @@ def test_two_processes_do_what_one_does(two, tmp_path):
 
 def test_the_recorded_curves_of_one_and_two_processes_agree():
     """Oracle: Student's t of the difference of means over seeds, at every step; and both learn."""
-    path = ROOT / "rlhf_helpers" / "assets" / "results" / "11_scaling_out.json"
+    path = ROOT / "rlhf_helpers" / "assets" / "results" / "scaling_out.json"
     found = json.loads(path.read_text())["results"]
     one, two = (torch.tensor([run["pass_at_1"] for run in found[name]]) for name in ("one", "two"))
     assert one.shape == two.shape
@@ -622,8 +622,7 @@ def test_the_recorded_curves_of_one_and_two_processes_agree():
 
 def test_costs_are_renewed_beside_the_curves(tmp_path, monkeypatch):
     """Oracle: the file as it was, but for the rows that were measured."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    script = importlib.import_module("record_11_scaling_out")
+    script = importlib.import_module("experiments.scaling_out")
     before = script.RECORD.read_text(encoding="utf-8")
     (tmp_path / "record.json").write_text(before, encoding="utf-8")
     monkeypatch.setattr(script, "RECORD", tmp_path / "record.json")

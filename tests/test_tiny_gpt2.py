@@ -2,17 +2,17 @@
 
 import re
 
-import make_tiny
 import pytest
 import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
+from experiments import train_tiny_gpt2
 from rlhf_helpers import models, rollout
 from rlhf_helpers.algorithms import sft
 from rlhf_helpers.worlds import reviews
 
-FOLDER = make_tiny.FOLDER
+FOLDER = train_tiny_gpt2.FOLDER
 
 
 @pytest.fixture(scope="module")
@@ -87,20 +87,20 @@ def test_prompts_work_with_and_without_the_start_token(tiny):
 
 
 def test_the_command_makes_one_and_makes_the_same_again(monkeypatch, tmp_path):
-    monkeypatch.setattr(make_tiny, "STEPS", 2)
-    monkeypatch.setattr(make_tiny, "BATCH", 8)
-    tokenizer = make_tiny.train_tokenizer(reviews.texts("train", 300))
+    monkeypatch.setattr(train_tiny_gpt2, "STEPS", 2)
+    monkeypatch.setattr(train_tiny_gpt2, "BATCH", 8)
+    tokenizer = train_tiny_gpt2.train_tokenizer(reviews.texts("train", 300))
     weights = []
     for _ in range(2):
-        model = make_tiny.new_model(tokenizer)
-        make_tiny.train(model, tokenizer)
+        model = train_tiny_gpt2.new_model(tokenizer)
+        train_tiny_gpt2.train(model, tokenizer)
         weights.append(model.state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    measured = make_tiny.evaluate(model, tokenizer, n=50)
+    measured = train_tiny_gpt2.evaluate(model, tokenizer, n=50)
     assert measured["review"]["excess"] > 1  # two steps teach little
-    make_tiny.write_card(
+    train_tiny_gpt2.write_card(
         tmp_path, model, tokenizer, measured | {"seconds": 1, "sampled": 9, "grammatical": 0.0}
     )
     assert models.load(tmp_path)[0].num_parameters() == model.num_parameters()

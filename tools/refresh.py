@@ -1,4 +1,4 @@
-"""Execute notebooks in place and record their time and memory.  usage: refresh.py [01_bandit ...]
+"""Execute notebooks in place and record their time and memory.  usage: refresh.py [bandit ...]
 
 Without names, every notebook. Outputs are stored at scale tiny only; at another scale only the measurement is kept.
 """

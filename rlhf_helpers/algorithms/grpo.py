@@ -27,6 +27,13 @@ from rlhf_helpers.advantages import (
     leave_one_out_advantages,
 )
 from rlhf_helpers.algorithms import ppo, sft
+from rlhf_helpers.algorithms._loop import (
+    check_finite,
+    check_ratio,
+    digest,
+    prompt_indices,
+    set_learning_rate,
+)
 from rlhf_helpers.logprobs import completion_log_probs
 from rlhf_helpers.losses import GRPO_TYPES, IMPORTANCE, grpo_loss
 from rlhf_helpers.rollout import write
@@ -220,7 +227,7 @@ def chances(kinds: Sequence[str], learnability: Mapping[str, float]) -> dict[str
 def draw(run: Run, count: int, config: Config, kinds: Sequence[str] | None) -> list[int]:
     """Which of `count` prompts come next: in a random order, or with `kinds` by the curriculum."""
     if kinds is None:
-        return ppo.prompt_indices(count, run.rounds, config)
+        return prompt_indices(count, run.rounds, config)
     names = sorted(set(kinds))
     odds = torch.tensor(list(chances(names, run.learnability).values()))
     drawn = torch.multinomial(odds, config.prompts, replacement=True, generator=run.order)
@@ -342,7 +349,7 @@ def step(run: Run, batch: Batch, config: Config, first: bool = False) -> dict[st
         run.policy, *where, config.temperature, samples_per_prompt=config.samples_per_prompt
     )
     if first:
-        ppo._check_ratio(log_probs, batch.old_log_probs, batch.mask)
+        check_ratio(log_probs, batch.old_log_probs, batch.mask)
     found = grpo_loss(
         log_probs,
         batch.old_log_probs,
@@ -360,7 +367,7 @@ def step(run: Run, batch: Batch, config: Config, first: bool = False) -> dict[st
     found.loss.backward()
     trained = [p for p in run.policy.parameters() if p.requires_grad]
     norm = nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
-    ppo._check_finite(loss=found.loss.detach(), gradient=norm)
+    check_finite(loss=found.loss.detach(), gradient=norm)
     run.optimizer.step()
     numbers = zip(("loss", "clip_fraction", "approx_kl"), found, strict=True)
     return {name: value.item() for name, value in numbers} | {"grad_norm": norm.item()}
@@ -422,14 +429,14 @@ def train(
     further = {name: list(values) for name, values in (columns or {}).items()}
     identity = {
         "config": asdict(config),
-        "prompts": ppo._digest([list(prompts), further, kinds and list(kinds)]),
+        "prompts": digest([list(prompts), further, kinds and list(kinds)]),
         "start": models.weights_digest(policy),
     }
     if folder is not None:
         _restore(run, checkpoint.load(folder, identity))
         yield from run.history
     for index in range(len(run.history), config.iterations):
-        ppo._set_learning_rate(run.optimizer, index, config)
+        set_learning_rate(run.optimizer, index, config.iterations, config.warm_up)
         metrics = iterate(run, prompts, reward, config, columns, kinds)
         run.history.append(metrics)
         due = metrics.iteration % save_every == 0 or metrics.iteration == config.iterations

@@ -8,8 +8,6 @@ update, frozen.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -23,12 +21,21 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from rlhf_helpers import checkpoint, models, rewards
+from rlhf_helpers._forward import completion_states
 from rlhf_helpers._validate import in_range, one_of
 from rlhf_helpers.advantages import discounted_returns, gae, leave_one_out_advantages
 from rlhf_helpers.algorithms import sft
+from rlhf_helpers.algorithms._loop import (
+    TrainingStopped,
+    check_finite,
+    check_ratio,
+    digest,
+    prompt_indices,
+    set_learning_rate,
+    trained,
+)
 from rlhf_helpers.kl import AdaptiveKLController, kl_estimate
 from rlhf_helpers.logprobs import (
-    _states,
     completion_log_probs,
     entropy,
     masked_mean,
@@ -39,8 +46,6 @@ from rlhf_helpers.losses import PolicyLoss, ppo_clip_loss, value_loss
 from rlhf_helpers.rollout import Rollout, sample
 
 BASELINES = ("value", "group", "none")
-# the ratio of an unchanged policy is 1 up to the rounding of float32
-RATIO_TOLERANCE = 1e-2
 PATIENCE = 5  # iterations in a row before a slow fault stops a run
 _ENTROPY_ROWS = 16  # sequences that the logged entropy is measured on
 # settings that are at least 1, and those that are above 0
@@ -165,14 +170,6 @@ class Metrics(NamedTuple):
     update_seconds: float
 
 
-class TrainingStopped(RuntimeError):
-    """A run that could not go on to any good. `name` says why, in a word or two."""
-
-    def __init__(self, name: str, message: str) -> None:
-        super().__init__(f"{name}: {message}")
-        self.name = name
-
-
 @dataclass
 class Run:
     """What changes from one iteration to the next, and what it is made of."""
@@ -273,7 +270,7 @@ def collect(
         as `rewards.score`.
     """
     for owner, weights in _weights(run).items():
-        _check_finite(**{f"{owner}.{name}": weight for name, weight in weights.items()})
+        check_finite(**{f"{owner}.{name}": weight for name, weight in weights.items()})
     group, how = config.samples_per_prompt, (config.max_new_tokens, config.temperature)
     rollout, texts, scores, ended = respond(
         run.policy, run.tokenizer, prompts, reward, run.sampling, group, *how, columns
@@ -288,7 +285,7 @@ def collect(
     values = torch.zeros_like(rollout.log_probs)
     if run.value_model is not None:
         values = run.value_model(*where, group)
-    _check_finite(reference_log_probs=ref_log_probs, values=values)
+    check_finite(reference_log_probs=ref_log_probs, values=values)
     shaped = kl_rewards(scores, rollout.log_probs, ref_log_probs, mask, run.kl_coefficient)
     advantages, returns = advantages_of(shaped, values, mask, config)
     logs = (rollout.log_probs, ref_log_probs, values, shaped, advantages, returns)
@@ -370,8 +367,8 @@ def step(
     norms = []
     for group_of in run.optimizer.param_groups:
         norms.append(nn.utils.clip_grad_norm_(group_of["params"], config.max_grad_norm).item())
-    _check_finite(**{name: torch.tensor(value) for name, value in sums.items()})
-    _check_finite(gradient=torch.tensor(norms))
+    check_finite(**{name: torch.tensor(value) for name, value in sums.items()})
+    check_finite(gradient=torch.tensor(norms))
     run.optimizer.step()
     return sums | {"grad_norm": norms[0]}
 
@@ -392,7 +389,7 @@ def losses(
             run.policy, *where, config.temperature, samples_per_prompt=config.samples_per_prompt
         )
     if first:
-        _check_ratio(log_probs, old, mask)
+        check_ratio(log_probs, old, mask)
     policy: PolicyLoss = ppo_clip_loss(log_probs, old, batch.advantages[rows], mask, config.clip)
     loss = policy.loss - config.entropy_coefficient * bonus
     found = {
@@ -426,7 +423,7 @@ def completion_logits(
     model: nn.Module, tokens: Tensor, attention_mask: Tensor, completion_length: int
 ) -> Tensor:
     """Logits [N, C, V] that predict the completion; those of the prompt are not made."""
-    return _states(model, tokens, attention_mask.long(), completion_length, 1)
+    return completion_states(model, tokens, attention_mask.long(), completion_length, 1)
 
 
 # --- train -----------------------------------------------------------------------------------------
@@ -447,10 +444,10 @@ def start(
     policy.eval()  # no dropout: the first ratio has to be 1
     if value_model is None and config.baseline == "value":
         value_model = models.ValueModel(policy)
-    groups = [{"params": _trained(policy), "highest": config.learning_rate}]
+    groups = [{"params": trained(policy), "highest": config.learning_rate}]
     if value_model is not None:
         value_model.eval()
-        groups.append({"params": _trained(value_model), "highest": config.value_learning_rate})
+        groups.append({"params": trained(value_model), "highest": config.value_learning_rate})
     controller = None
     if config.kl_target is not None:
         controller = AdaptiveKLController(
@@ -508,7 +505,7 @@ def train(
     run = start(policy, tokenizer, config, value_model)
     identity = {
         "config": asdict(config),
-        "prompts": _digest([list(prompts), list(ptx)]),
+        "prompts": digest([list(prompts), list(ptx)]),
         "reference": models.weights_digest(policy),
     }
     if folder is not None:
@@ -517,7 +514,7 @@ def train(
         diagnose(run.history)
     examples = sft.encode(tokenizer, ptx) if ptx else ()
     for index in range(len(run.history), config.iterations):
-        _set_learning_rate(run.optimizer, index, config)
+        set_learning_rate(run.optimizer, index, config.iterations, config.warm_up)
         chosen = prompt_indices(len(prompts), index, config)
         some = {name: [values[i] for i in chosen] for name, values in (columns or {}).items()}
         metrics = iterate(run, [prompts[i] for i in chosen], reward, config, some, examples)
@@ -666,30 +663,6 @@ def evaluate(
     return Evaluation(texts, scores, (rollout.log_probs - ref_log_probs).sum(1).double().cpu())
 
 
-def prompt_indices(count: int, iteration: int, config: Any) -> list[int]:
-    """Which prompts iteration 0, 1, … takes: the next ones of a random order, a new order for each
-    pass; it depends on the settings alone, so that a run can go on anywhere."""
-    found: list[int] = []
-    for place in range(iteration * config.prompts, (iteration + 1) * config.prompts):
-        generator = torch.Generator().manual_seed(1_000_003 * config.seed + place // count)
-        found.append(int(torch.randperm(count, generator=generator)[place % count]))
-    return found
-
-
-def _set_learning_rate(optimizer: torch.optim.Optimizer, index: int, config: Any) -> None:
-    shape = sft.Config(learning_rate=1.0, warm_up=config.warm_up)
-    for group in optimizer.param_groups:
-        group["lr"] = group["highest"] * sft.learning_rate_at(index, config.iterations, shape)
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
-
-
-def _trained(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
 # --- a run that goes on ----------------------------------------------------------------------------
 
 
@@ -730,27 +703,6 @@ def _restore(run: Run, found: checkpoint.Checkpoint | None) -> None:
 
 
 # --- what stops a run ------------------------------------------------------------------------------
-
-
-def _check_finite(**tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise TrainingStopped(
-                "not finite",
-                f"{name} holds a NaN or an infinity; lower learning_rate or max_grad_norm, and go on "
-                "from an earlier checkpoint",
-            )
-
-
-def _check_ratio(log_probs: Tensor, old_log_probs: Tensor, mask: Tensor) -> None:
-    difference = (log_probs.detach() - old_log_probs).masked_fill(~mask, 0.0).abs().max().item()
-    if not difference <= RATIO_TOLERANCE:
-        raise TrainingStopped(
-            "first ratio",
-            f"before any update the log-probabilities of sampling and of training differ by "
-            f"{difference:.3g} nats, so the ratio is not 1; look for dropout that is on, another "
-            "temperature, or padding without position ids",
-        )
 
 
 def diagnose(history: Sequence[Metrics]) -> None:

@@ -24,7 +24,7 @@ def setup(chapter: str, scale: str | None = None) -> settings.Settings:
     and memory.
 
     Args:
-        chapter: the notebook's name without ending, e.g. "01_bandit".
+        chapter: the notebook's name without ending, e.g. "bandit".
         scale: "tiny" or "gpt2"; None takes the environment variable RLHF_SCALE, or else "tiny".
     Returns: the settings of the scale in use.
     Raises: ValueError on an unknown scale.

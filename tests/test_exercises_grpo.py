@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from rlhf_helpers.book import checks
+from rlhf_helpers.book.checks import grpo as checks
 
 
 def said(capsys, check, answer):

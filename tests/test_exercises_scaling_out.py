@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlhf_helpers.book.checks import chapter_11 as checks
+from rlhf_helpers.book.checks import scaling_out as checks
 
 
 def said(capsys, check, answer):

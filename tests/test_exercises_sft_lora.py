@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rlhf_helpers.book import checks
+from rlhf_helpers.book.checks import sft_lora as checks
 
 
 def said(capsys, check, answer):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlhf_helpers.book import checks
+from rlhf_helpers.book.checks import bandit as checks
 
 
 def verdict(capsys, check, answer):

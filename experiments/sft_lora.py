@@ -1,4 +1,4 @@
-"""Record the sweeps of chapter 05 over seeds, learning rates and ranks: rlhf_helpers/assets/results/05_sft_lora.json."""
+"""Record the sweeps of chapter 05 over seeds, learning rates and ranks: rlhf_helpers/assets/results/sft_lora.json."""
 
 import copy
 import time
@@ -87,7 +87,7 @@ def main():
             sizes.append(sum(p.numel() for p in trained))
         results["by_rank"][target], results["rank_parameters"][target] = ends, sizes
 
-    record_sweep("05_sft_lora", start, settings_of(run), results)
+    record_sweep("sft_lora", start, settings_of(run), results)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Train the tiny GPT-2 that ships with the book, and write its card.  usage: make_tiny.py [FOLDER]
+"""Train the tiny GPT-2 that ships with the book, and write its card.  usage: train_tiny_gpt2.py [FOLDER]
 
 A byte-level BPE tokenizer is trained on reviews of the grammar, then a GPT-2 on reviews that are never repeated. The same
 seed gives the same reviews and the same order; weights can differ in the last digits between machines.

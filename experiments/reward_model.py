@@ -1,4 +1,4 @@
-"""Record the sweeps of chapter 06 over seeds, numbers of pairs and modelling choices: rlhf_helpers/assets/results/06_reward_model.json."""
+"""Record the sweeps of chapter 06 over seeds, numbers of pairs and modelling choices: rlhf_helpers/assets/results/reward_model.json."""
 
 import random
 import time
@@ -180,7 +180,7 @@ def main():
         results["choices"].setdefault("rankings of four", []).append(
             note("rankings of four", bench.measure(*ranked))
         )
-    record_sweep("06_reward_model", start, settings_of(run), results)
+    record_sweep("reward_model", start, settings_of(run), results)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rlhf_helpers.book import checks
+from rlhf_helpers.book.checks import gpt2_sentiment_ppo as checks
 
 
 def said(capsys, check, answer):

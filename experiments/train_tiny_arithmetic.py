@@ -1,4 +1,4 @@
-"""Train the tiny GPT-2 that adds, and write its card.  usage: make_arithmetic.py [FOLDER]
+"""Train the tiny GPT-2 that adds, and write its card.  usage: train_tiny_arithmetic.py [FOLDER]
 
 A GPT-2 learns, from random weights, what a careless writer makes of problems of the training split. The same seed gives the
 same demonstrations and the same order; weights can differ in the last digits between machines.
@@ -9,10 +9,10 @@ import sys
 import time
 from pathlib import Path
 
-import make_tiny
 import torch
 from transformers.utils import logging
 
+from experiments import train_tiny_gpt2
 from rlhf_helpers.algorithms import sft
 from rlhf_helpers.rollout import write
 from rlhf_helpers.worlds import arithmetic
@@ -24,7 +24,7 @@ PROBLEMS, SAMPLES = 200, 64  # of each level, to measure the pass rates
 
 
 def new_model(tokenizer):
-    return make_tiny.new_model(tokenizer, arithmetic.CONTEXT, width=64)
+    return train_tiny_gpt2.new_model(tokenizer, arithmetic.CONTEXT, width=64)
 
 
 def train(model, tokenizer):

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from rlhf_helpers.book import checks
+from rlhf_helpers.book.checks import contextual_bandit_ppo as checks
 
 
 def said(capsys, check, answer):

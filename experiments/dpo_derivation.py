@@ -1,4 +1,4 @@
-"""Record the sweeps of chapter 08, on the exact language and on reviews: rlhf_helpers/assets/results/08_dpo_derivation.json."""
+"""Record the sweeps of chapter 08, on the exact language and on reviews: rlhf_helpers/assets/results/dpo_derivation.json."""
 
 import copy
 import time
@@ -6,9 +6,9 @@ from dataclasses import asdict, replace
 from functools import cache
 
 import torch
-from record_07_gpt2_sentiment_ppo import exact_config
 from torch import nn
 
+from experiments.gpt2_sentiment_ppo import exact_config
 from rlhf_helpers import models, preferences, rewards, settings, worlds
 from rlhf_helpers.algorithms import dpo, ppo, reward_model
 from rlhf_helpers.book.notebook import record_sweep
@@ -273,7 +273,7 @@ def main():
         print(f"{time.perf_counter() - start:5.0f} s  {name}: {found}", flush=True)
 
     results = {"exact": [exact(seed, tell) for seed in SWEEP_SEEDS]} | reviews(run, tell)
-    record_sweep("08_dpo_derivation", start, settings_of(run), results)
+    record_sweep("dpo_derivation", start, settings_of(run), results)
 
 
 def reviews(run, tell):

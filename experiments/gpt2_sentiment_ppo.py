@@ -1,4 +1,4 @@
-"""Record the sweeps of chapter 07 over seeds, prices of KL and ablations: rlhf_helpers/assets/results/07_gpt2_sentiment_ppo.json."""
+"""Record the sweeps of chapter 07 over seeds, prices of KL and ablations: rlhf_helpers/assets/results/gpt2_sentiment_ppo.json."""
 
 import copy
 import math
@@ -204,7 +204,7 @@ def main():
         for name, change in bench.others().items()
     }
     results["exact"] = [exact(seed) for seed in SWEEP_SEEDS]
-    record_sweep("07_gpt2_sentiment_ppo", bench.start, settings_of(bench.run), results)
+    record_sweep("gpt2_sentiment_ppo", bench.start, settings_of(bench.run), results)
 
 
 def exact(seed):

@@ -1,4 +1,4 @@
-"""Record the runs and measurements of chapter 11: rlhf_helpers/assets/results/11_scaling_out.json.
+"""Record the runs and measurements of chapter 11: rlhf_helpers/assets/results/scaling_out.json.
 
 With the word `costs`, seconds and memory of single steps alone are measured again, and put into the
 file beside the curves that are there.
@@ -13,9 +13,9 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-import bench_grpo
 import torch
 
+from benchmarks import bench_grpo
 from rlhf_helpers import models, scale_out, settings
 from rlhf_helpers.algorithms import grpo
 from rlhf_helpers.book.notebook import record_sweep
@@ -30,7 +30,7 @@ USED = (
     "warm_up", "max_grad_norm", "scale", "loss_type", "importance", "clip", "clip_high", "beta",
 )  # fmt: skip
 ROOT = Path(__file__).parents[1]
-RECORD = ROOT / "rlhf_helpers" / "assets" / "results" / "11_scaling_out.json"
+RECORD = ROOT / "rlhf_helpers" / "assets" / "results" / "scaling_out.json"
 
 
 def arguments(seed, **change):
@@ -137,7 +137,7 @@ def main():
         "this book": [told(f"this book, seed {s}", this_book(s)) for s in SEEDS],
         "twice the batch": [told(f"twice the batch, seed {s}", launched(2, s, prompts=64)) for s in FEW_SEEDS],
     } | costs()  # fmt: skip
-    record_sweep("11_scaling_out", start, settings_of(settings.load()), results)
+    record_sweep("scaling_out", start, settings_of(settings.load()), results)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Record the sweeps of chapter 09, on sums and on the exact language: rlhf_helpers/assets/results/09_grpo.json.
+"""Record the sweeps of chapter 09, on sums and on the exact language: rlhf_helpers/assets/results/grpo.json.
 
 With the names of some parts (methods, bias, signal, hard, difficulty, weak, exact), these alone are made, and printed.
 """
@@ -11,9 +11,9 @@ import time
 from dataclasses import asdict, replace
 
 import torch
-from record_08_dpo_derivation import Case, ppo_config
 from torch import nn
 
+from experiments.dpo_derivation import Case, ppo_config
 from rlhf_helpers import settings
 from rlhf_helpers.algorithms import grpo, ppo, sft
 from rlhf_helpers.book.notebook import record_sweep
@@ -445,7 +445,7 @@ def main():
     if sys.argv[1:]:
         print(json.dumps(results))
     else:
-        record_sweep("09_grpo", start, settings_of(run), results)
+        record_sweep("grpo", start, settings_of(run), results)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,11 @@ UI := .venv-ui
 UI_INSTALLED := $(UI)/.installed
 CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
+# What was recorded; the other experiments train the models that ship with the package.
+RECORDED := $(filter-out train_%,$(basename $(notdir $(sort $(wildcard experiments/*.py)))))
+
 .DEFAULT_GOAL := help
-.PHONY: help setup book html test test-ui lab refresh tables tiny reward arithmetic results bench repo clean
+.PHONY: help setup book html test test-fast test-ui check lab refresh fold tables tiny reward arithmetic results bench repo clean
 
 # Builds $(1)/_build/html from the notebooks' stored outputs; pages of an earlier build never survive.
 # Warnings and errors come on the other channel; what is silenced is a banner, and advice of transformers,
@@ -38,7 +41,14 @@ html: setup ## build the pages from the stored outputs
 
 test: setup ## lint, unit tests, notebooks against their stored outputs, pages
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/pytest --nbval --nbval-current-env
+
+test-fast: setup ## the tests that need no notebook, no pages and no other process
+	$(BIN)/pytest tests -m "not slow and not pages"
+
+check: setup ## lint, tests, notebook and page of one chapter: NOTEBOOK=dpo_derivation
+	$(BIN)/python tools/check.py $(NOTEBOOK)
 
 test-ui: ## test the labelling panel in JupyterLab and Chromium, in an environment of its own
 	@test -n "$(CHROMIUM)" || { echo "test-ui needs Chromium on the PATH: apt-get install chromium (Debian, Ubuntu), or Chrome"; exit 1; }
@@ -53,11 +63,16 @@ $(UI_INSTALLED): requirements-ui.txt requirements.txt
 lab: setup ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
 
-refresh: setup ## run NOTEBOOK=bandit (or all) and store its outputs
-	$(BIN)/python tools/refresh.py $(NOTEBOOK)
+refresh: setup ## run NOTEBOOK=bandit (or all) and store its outputs; RECORD=1 records time and memory too
+	RECORD=$(RECORD) $(BIN)/python tools/refresh.py $(NOTEBOOK)
 	@$(MAKE) -s tables
 
-tables: setup ## write the pages book/equations.md and book/status.md
+fold: setup ## close report cells in Jupyter and Colab as on the pages: NOTEBOOK=bandit (or all)
+	$(BIN)/python tools/fold.py $(NOTEBOOK)
+
+tables: setup ## write what is built from the sources: tables of chapters, equations, functions, status
+	$(BIN)/python tools/build_chapters.py
+	$(BIN)/python tools/build_api.py
 	$(BIN)/python tools/build_status.py
 	$(BIN)/python tools/build_equations.py
 
@@ -71,13 +86,14 @@ reward: setup ## train the shipped reward model again (half a minute)
 arithmetic: setup ## train the shipped model that adds again (about nine minutes)
 	$(BIN)/python -m experiments.train_tiny_arithmetic
 
-results: setup ## record the long sweeps that notebooks draw
-	@for script in $(wildcard benchmarks/record_*.py); do \
-		echo $$script; $(BIN)/python $$script || exit 1; done
+results: setup ## record the long sweeps of CHAPTER=grpo (or all, in hours) that its notebook draws
+	@for chapter in $(or $(CHAPTER),$(RECORDED)); do \
+		test -f experiments/$$chapter.py || { echo "no experiments/$$chapter.py; there are $(RECORDED)"; exit 1; }; \
+		echo $$chapter; $(BIN)/python -m experiments.$$chapter || exit 1; done
 
 bench: setup ## print the performance tables (FULL=1 adds install, build and test)
-	@for script in $(filter-out benchmarks/record_%,$(sort $(wildcard benchmarks/*.py))); do \
-		FULL=$(FULL) $(BIN)/python $$script || exit 1; echo; done
+	@for script in $(basename $(notdir $(sort $(wildcard benchmarks/bench_*.py)))); do \
+		FULL=$(FULL) $(BIN)/python -m benchmarks.$$script || exit 1; echo; done
 
 repo: setup ## write another repository's address everywhere: REPO=owner/name
 	$(BIN)/python tools/set_repo.py $(REPO)

@@ -4,7 +4,8 @@ import matplotlib
 import torch
 from hypothesis import settings
 
-# In this process only: an environment variable would reach the notebooks' kernels and take their figures away.
+# In this process only: an environment variable would reach the notebooks' kernels and take their
+# figures away.
 matplotlib.use("Agg")
 # Tensors here are small: a second thread costs more than it brings, tenfold where cores are busy.
 torch.set_num_threads(1)

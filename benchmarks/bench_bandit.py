@@ -1,4 +1,5 @@
-"""The vectorised bandit against a loop that pulls one arm at a time: the same rewards in distribution, two speeds."""
+"""The vectorised bandit against a loop that pulls one arm at a time: the same rewards in
+distribution, two speeds."""
 
 import os
 import platform
@@ -35,7 +36,8 @@ def main():
     loop = seconds(lambda: one_at_a_time(means, actions[0], generator), 3)
     batch = seconds(lambda: bandit.pull(actions, generator), 20)
     print(
-        f"{PULLS:,} pulls of a ten-armed bandit; {platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+        f"{PULLS:,} pulls of a ten-armed bandit; {platform.processor() or platform.machine()},"
+        f" {os.cpu_count()} cores"
     )
     print(f"{'one arm at a time':<20}{loop * 1e3:10.1f} ms")
     print(f"{'vectorised':<20}{batch * 1e3:10.2f} ms")

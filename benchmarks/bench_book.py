@@ -1,4 +1,5 @@
-"""What the book costs: seconds a notebook; with FULL=1 also install, pages, tests and `make book` on a fresh clone."""
+"""What the book costs: seconds a notebook; with FULL=1 also install, pages, tests and `make book`
+on a fresh clone."""
 
 import os
 import platform

@@ -36,7 +36,8 @@ LEARNING_RATE = 1e-4  # the loss leaves log 2 at once
 
 
 class Work(NamedTuple):
-    """B pairs a step: prompts of P tokens, responses of C with their end; all steps of one epoch."""
+    """B pairs a step: prompts of P tokens, responses of C with their end; all steps of one
+    epoch."""
 
     title: str
     config: GPT2Config
@@ -49,9 +50,13 @@ class Work(NamedTuple):
 
 
 WORKS = {
-    "tiny": Work(bench_ppo.WORKS["tiny"].title, bench_ppo.WORKS["tiny"].config, 32, 8, 24, 24, 6, 256),
-    "124M": Work(bench_ppo.WORKS["124M"].title, bench_ppo.WORKS["124M"].config, 8, 2, 96, 32, 3, 32),
-}  # fmt: skip
+    "tiny": Work(
+        bench_ppo.WORKS["tiny"].title, bench_ppo.WORKS["tiny"].config, 32, 8, 24, 24, 6, 256
+    ),
+    "124M": Work(
+        bench_ppo.WORKS["124M"].title, bench_ppo.WORKS["124M"].config, 8, 2, 96, 32, 3, 32
+    ),
+}
 
 
 def load(work):
@@ -63,7 +68,8 @@ def load(work):
 
 
 def small(work):
-    """A model that runs for a moment: whatever is imported at the first use is not a step's memory."""
+    """A model that runs for a moment: whatever is imported at the first use is not a step's
+    memory."""
     config = copy.copy(work.config)
     config.n_layer, config.n_embd, config.n_head = 1, 4, 1
     return prepare(work._replace(config=config))[0]
@@ -145,7 +151,14 @@ def trl(work, micro_batch, precompute):
             **PLAIN,
         )
         frozen = None if precompute else copy.deepcopy(model)
-        return Trainer(model, frozen, arguments, train_dataset=rows, processing_class=tokenizer, callbacks=[Clock()])  # fmt: skip
+        return Trainer(
+            model,
+            frozen,
+            arguments,
+            train_dataset=rows,
+            processing_class=tokenizer,
+            callbacks=[Clock()],
+        )
 
     model, tokenizer, pairs = load(work)
     # the order in which this package takes them
@@ -179,14 +192,25 @@ def child(name, side):
 
 def table(name):
     work = WORKS[name]
-    print(f"\n{work.title}: {work.batch} pairs a step (micro-batches of {work.micro_batch}), {work.width} prompt and {work.new} response tokens (goal: {GOAL})", flush=True)  # fmt: skip
+    print(
+        f"\n{work.title}: {work.batch} pairs a step (micro-batches of {work.micro_batch}),"
+        f" {work.width} prompt and {work.new} response tokens (goal: {GOAL})",
+        flush=True,
+    )
     found = {side: measured(__file__, name, side) for side in SIDES}
     base = found[BASE]
     print(f"{'':<36}{'reference':>10}{'step':>10}{'speed':>7}{'CPU':>10}{'speed':>7}{'memory':>12}")
     for side, (step, busy, memory, reference, _) in found.items():
         before = f"{reference:8.3f} s" if reference else f"{'':>10}"
-        print(f"{side:<36}{before}{step:8.2f} s{base[0] / step:6.2f}x{busy:8.2f} s{base[1] / busy:6.2f}x{memory:8.0f} MiB {memory / base[2]:.2f}x", flush=True)  # fmt: skip
-    print(f"loss of the first {work.steps} batches (log 2 = {math.log(2):.7f}), largest difference to {BASE!r}")  # fmt: skip
+        print(
+            f"{side:<36}{before}{step:8.2f} s{base[0] / step:6.2f}x{busy:8.2f}"
+            f" s{base[1] / busy:6.2f}x{memory:8.0f} MiB {memory / base[2]:.2f}x",
+            flush=True,
+        )
+    print(
+        f"loss of the first {work.steps} batches (log 2 = {math.log(2):.7f}), largest difference"
+        f" to {BASE!r}"
+    )
     for side, (*_, losses) in found.items():
         apart = max(abs(a - b) for a, b in zip(losses, base[4], strict=True))
         print(f"{side:<36}{'  '.join(f'{loss:.7f}' for loss in losses)}   {apart:.1e}", flush=True)

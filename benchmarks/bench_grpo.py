@@ -39,18 +39,42 @@ LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo")
 GROUPS, PROMPTS = (2, 4, 8, 16, 32), (16, 32, 64, 128, 256)
 METHODS = ("dpo", "grpo", "ppo")
 # the output embedding has the share of the work that it has in GPT-2
-SMALL = Work("GPT-2's shape, 4 layers, 256 wide, 8,192 tokens (random weights)", GPT2Config(n_layer=4, n_embd=256, n_head=4, vocab_size=8192, bos_token_id=0, eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0), 8, 8, 64, 32, 1, 2, "")  # fmt: skip
+SMALL = Work(
+    "GPT-2's shape, 4 layers, 256 wide, 8,192 tokens (random weights)",
+    GPT2Config(
+        n_layer=4,
+        n_embd=256,
+        n_head=4,
+        vocab_size=8192,
+        bos_token_id=0,
+        eos_token_id=0,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    ),
+    8,
+    8,
+    64,
+    32,
+    1,
+    2,
+    "",
+)
 
 WORKS = {
-    "tiny": bench_ppo.WORKS["tiny"]._replace(prompts=8, epochs=1, turns=5, goal="1.5x speed, 0.6x memory, same loss"),
-    "124M": bench_ppo.WORKS["124M"]._replace(epochs=1, turns=2, goal="2x speed, 0.6x memory, same loss"),
+    "tiny": bench_ppo.WORKS["tiny"]._replace(
+        prompts=8, epochs=1, turns=5, goal="1.5x speed, 0.6x memory, same loss"
+    ),
+    "124M": bench_ppo.WORKS["124M"]._replace(
+        epochs=1, turns=2, goal="2x speed, 0.6x memory, same loss"
+    ),
     **{f"group {size}": SMALL._replace(group=size) for size in GROUPS},
     **{f"prompt {width}": SMALL._replace(width=width) for width in PROMPTS},
     "method": SMALL._replace(group=4),
-}  # fmt: skip
+}
 
 
-# --- a few steps of each side ----------------------------------------------------------------------
+# --- a few steps of each side --------------------------------------------------------------------
 
 
 def mark(marks):
@@ -131,7 +155,14 @@ def grpo_trainer(model, tokenizer, prompts, work, turns, device="cpu", marks=Non
         use_cpu=device == "cpu",
         **PLAIN,
     )
-    return Trainer(model, share_of_even_words, arguments, train_dataset=Dataset.from_dict({"prompt": prompts}), processing_class=tokenizer, callbacks=[Clock()])  # fmt: skip
+    return Trainer(
+        model,
+        share_of_even_words,
+        arguments,
+        train_dataset=Dataset.from_dict({"prompt": prompts}),
+        processing_class=tokenizer,
+        callbacks=[Clock()],
+    )
 
 
 def trl(work, device):
@@ -163,10 +194,13 @@ def peak(device):
 
 
 def direct(work):
-    """A step of DPO on as many sequences: clocks, and CPU seconds of the reference for its pairs."""
+    """A step of DPO on as many sequences: clocks, and CPU seconds of the reference for its
+    pairs."""
     pairs = work.prompts * work.group // 2
     steps = work.turns + 1
-    given = bench_dpo.Work(work.title, work.config, pairs, pairs, work.width, work.new, steps, pairs * steps)  # fmt: skip
+    given = bench_dpo.Work(
+        work.title, work.config, pairs, pairs, work.width, work.new, steps, pairs * steps
+    )
     marks, _, reference = bench_dpo.ours(given, None)
     return marks, reference / steps
 
@@ -199,7 +233,7 @@ def summary(marks):
     return {"wall": wall, "collect": collect, "update": update}
 
 
-# --- the loss --------------------------------------------------------------------------------------
+# --- the loss ------------------------------------------------------------------------------------
 
 
 def agreement():
@@ -245,7 +279,15 @@ def our_loss(model, batch, config):
 
     where = (batch.tokens, batch.attention_mask, batch.mask.shape[1])
     log_probs = completion_log_probs(model, *where, samples_per_prompt=config.samples_per_prompt)
-    found = grpo_loss(log_probs, batch.old_log_probs, batch.advantages, batch.mask, config.clip, loss_type=config.loss_type, max_completion_length=config.max_new_tokens)  # fmt: skip
+    found = grpo_loss(
+        log_probs,
+        batch.old_log_probs,
+        batch.advantages,
+        batch.mask,
+        config.clip,
+        loss_type=config.loss_type,
+        max_completion_length=config.max_new_tokens,
+    )
     return value_and_norm(found.loss, model)
 
 
@@ -270,7 +312,7 @@ def value_and_norm(loss, model):
     return [loss.item(), torch.nn.utils.get_total_norm(p.grad for p in model.parameters()).item()]
 
 
-# --- rows ------------------------------------------------------------------------------------------
+# --- rows ----------------------------------------------------------------------------------------
 
 
 def by_group():
@@ -300,17 +342,19 @@ def by_method():
         prompts, group = (pairs, 2) if method == "dpo" else (work.prompts, work.group)
         batch = costs.Batch(prompts, group, work.width, work.new)
         memory = costs.memory(work.config, method, batch, kl=False)
-        rows.append({
-            "method": method,
-            "seconds": seconds,
-            "memory": found["memory"],
-            "counted_memory": (sum(memory) - memory.policy) / 2**20,
-            "operations": sum(costs.flops(work.config, method, batch, kl=False)),
-        })  # fmt: skip
+        rows.append(
+            {
+                "method": method,
+                "seconds": seconds,
+                "memory": found["memory"],
+                "counted_memory": (sum(memory) - memory.policy) / 2**20,
+                "operations": sum(costs.flops(work.config, method, batch, kl=False)),
+            }
+        )
     return rows
 
 
-# --- tables ----------------------------------------------------------------------------------------
+# --- tables --------------------------------------------------------------------------------------
 
 
 def line(label, found, base):
@@ -324,12 +368,19 @@ def line(label, found, base):
 
 def heading(title):
     print(f"\n{title}")
-    print(f"{'':<34}{'wall':>11}{'collect':>11}{'update':>11}{'CPU, all':>11}{'wall':>8}{'CPU':>8}{'memory':>12}", flush=True)  # fmt: skip
+    print(
+        f"{'':<34}{'wall':>11}{'collect':>11}{'update':>11}{'CPU, all':>11}"
+        f"{'wall':>8}{'CPU':>8}{'memory':>12}",
+        flush=True,
+    )
 
 
 def step_table(name):
     work = WORKS[name]
-    heading(f"{work.title}: {work.prompts} prompts x {work.group} samples, {work.width} prompt and {work.new} new tokens (goal: {work.goal})")  # fmt: skip
+    heading(
+        f"{work.title}: {work.prompts} prompts x {work.group} samples, {work.width} prompt and"
+        f" {work.new} new tokens (goal: {work.goal})"
+    )
     for place in ("", " on the GPU") if torch.cuda.is_available() else ("",):
         found = {side: measured(__file__, name, side + place) for side in SIDES}
         for side, one in found.items():
@@ -340,7 +391,11 @@ def loss_table():
     print("\nLoss and gradient norm on the same samples")
     for row in measured(__file__, "loss", OURS):
         (loss, norm), (other, other_norm) = row["ours"], row["trl"]
-        print(f"{row['loss_type']:<10}{loss:12.8f}{other:12.8f} apart {abs(loss - other):.1e}   norm {norm:.7f} {other_norm:.7f} apart {abs(norm - other_norm):.1e}", flush=True)  # fmt: skip
+        print(
+            f"{row['loss_type']:<10}{loss:12.8f}{other:12.8f} apart {abs(loss - other):.1e}   norm"
+            f" {norm:.7f} {other_norm:.7f} apart {abs(norm - other_norm):.1e}",
+            flush=True,
+        )
 
 
 def sweep_table(rows, name):
@@ -352,9 +407,16 @@ def sweep_table(rows, name):
 
 def method_table():
     work = WORKS["method"]
-    print(f"\n{work.title}: a step on {work.prompts * work.group} sequences, {work.width} prompt and {work.new} new tokens")  # fmt: skip
+    print(
+        f"\n{work.title}: a step on {work.prompts * work.group} sequences, {work.width} prompt and"
+        f" {work.new} new tokens"
+    )
     for row in by_method():
-        print(f"{row['method']:<10}{row['seconds']:8.3f} s CPU{row['operations'] / 1e9:9.1f} GFLOP counted{row['memory']:8.0f} MiB{row['counted_memory']:8.0f} MiB counted", flush=True)  # fmt: skip
+        print(
+            f"{row['method']:<10}{row['seconds']:8.3f} s CPU{row['operations'] / 1e9:9.1f} GFLOP"
+            f" counted{row['memory']:8.0f} MiB{row['counted_memory']:8.0f} MiB counted",
+            flush=True,
+        )
 
 
 TABLES = {

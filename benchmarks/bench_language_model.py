@@ -1,4 +1,5 @@
-"""Sampling and scoring against Hugging Face's generate with a plain forward pass, and against TRL's path.
+"""Sampling and scoring against Hugging Face's generate with a plain forward pass, and against TRL's
+path.
 
 Same model, same prompts, one run. Times: the sides take turns in one process, each at every thread
 count, and its fastest turn counts. Memory: each side in a process of its own; the peak of one turn
@@ -270,7 +271,8 @@ def in_a_process(*arguments):
 
 
 def fastest(best, side, column):
-    """(seconds, threads) of the side's best thread count; column 0 sampling, 1 scoring, None both."""
+    """(seconds, threads) of the side's best thread count; column 0 sampling, 1 scoring, None
+    both."""
     found = []
     for key, (sampling, scoring, _) in best.items():
         name, threads = key.split("/")

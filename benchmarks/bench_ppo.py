@@ -1,10 +1,10 @@
 """The whole PPO loop against TRL's GRPO trainer, the nearest that TRL still has.
 
 Same model, prompts, lengths, samples and number of updates; each side in a process of its own, one
-thread. TRL's side has no value function; this package is measured with and without one, and with one
-prompt at a time in the updates, which gives the same gradient in less memory. Seconds are
-those of one iteration (sampling to last update), the fastest of a few after a first one that does
-not count. Memory: the peak above what the process holds before its first iteration.
+thread. TRL's side has no value function; this package is measured with and without one, and with
+one prompt at a time in the updates, which gives the same gradient in less memory. Seconds are those
+of one iteration (sampling to last update), the fastest of a few after a first one that does not
+count. Memory: the peak above what the process holds before its first iteration.
 """
 
 import itertools
@@ -48,9 +48,29 @@ class Work(NamedTuple):
 
 
 WORKS = {
-    "tiny": Work("tiny GPT-2 (its shape, random weights)", GPT2Config.from_pretrained(TINY), 16, 8, 24, 24, 2, 4, "1.3x"),
-    "124M": Work("GPT-2 124M (random weights)", GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0), 4, 8, 96, 32, 2, 1, "1.5x, memory 0.6x"),
-}  # fmt: skip
+    "tiny": Work(
+        "tiny GPT-2 (its shape, random weights)",
+        GPT2Config.from_pretrained(TINY),
+        16,
+        8,
+        24,
+        24,
+        2,
+        4,
+        "1.3x",
+    ),
+    "124M": Work(
+        "GPT-2 124M (random weights)",
+        GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+        4,
+        8,
+        96,
+        32,
+        2,
+        1,
+        "1.5x, memory 0.6x",
+    ),
+}
 
 
 # what TRL does beside a step, switched off
@@ -71,7 +91,9 @@ def prepare(work):
     words = {"<end>": 0} | {f"w{i}": i for i in range(1, work.config.vocab_size)}
     inner = Tokenizer(WordLevel(words, unk_token="<end>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>", pad_token="<end>", padding_side="left")  # fmt: skip
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="<end>", pad_token="<end>", padding_side="left"
+    )
     model.config.eos_token_id = model.config.pad_token_id = model.generation_config.eos_token_id = 0
     model.generation_config.pad_token_id = 0
     drawn = torch.randint(1, work.config.vocab_size, (64, work.width)).tolist()
@@ -138,7 +160,14 @@ def trl(work):
         use_cpu=True,
         **PLAIN,
     )
-    trainer = GRPOTrainer(model, share_of_even_words, arguments, train_dataset=Dataset.from_dict({"prompt": prompts}), processing_class=tokenizer, callbacks=[Clock()])  # fmt: skip
+    trainer = GRPOTrainer(
+        model,
+        share_of_even_words,
+        arguments,
+        train_dataset=Dataset.from_dict({"prompt": prompts}),
+        processing_class=tokenizer,
+        callbacks=[Clock()],
+    )
     settled()
     trainer.train()
     marks = ends[:: work.epochs]
@@ -187,7 +216,11 @@ def measured(script, name, side):
 
 def table(name):
     work = WORKS[name]
-    print(f"\n{work.title}: {work.prompts} prompts x {work.group} samples, {work.width} prompt and {work.new} new tokens, {work.epochs} updates (goal: {work.goal})", flush=True)  # fmt: skip
+    print(
+        f"\n{work.title}: {work.prompts} prompts x {work.group} samples, {work.width} prompt and"
+        f" {work.new} new tokens, {work.epochs} updates (goal: {work.goal})",
+        flush=True,
+    )
     found = {side: measured(__file__, name, side) for side in SIDES}
     base = found[SIDES[-1]]
     print(
@@ -196,7 +229,11 @@ def table(name):
     for side, (collect, update, memory) in found.items():
         whole = collect + update
         parts = f"{collect:8.2f}s{update:8.2f}s" if collect else f"{'':>18}"
-        print(f"{side:<34}{parts}{whole:8.2f}s{work.prompts * work.group / whole:11.1f}{sum(base[:2]) / whole:7.2f}x{memory:8.0f} MiB {memory / base[2]:.2f}x", flush=True)  # fmt: skip
+        print(
+            f"{side:<34}{parts}{whole:8.2f}s{work.prompts * work.group / whole:11.1f}"
+            f"{sum(base[:2]) / whole:7.2f}x{memory:8.0f} MiB {memory / base[2]:.2f}x",
+            flush=True,
+        )
 
 
 def main(child, table, works):

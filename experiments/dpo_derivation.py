@@ -1,4 +1,5 @@
-"""Record the sweeps of chapter 08, on the exact language and on reviews: rlhf_helpers/assets/results/dpo_derivation.json."""
+"""Record the sweeps of dpo_derivation, on the exact language and on reviews:
+rlhf_helpers/assets/results/dpo_derivation.json."""
 
 import copy
 import time
@@ -10,7 +11,8 @@ from torch import nn
 
 from experiments.gpt2_sentiment_ppo import exact_config
 from rlhf_helpers import models, preferences, rewards, settings, worlds
-from rlhf_helpers.algorithms import dpo, ppo, reward_model
+from rlhf_helpers.algorithms import dpo, ppo, reward_model, sampling
+from rlhf_helpers.book import shipped
 from rlhf_helpers.book.notebook import record_sweep
 from rlhf_helpers.worlds import enumerable
 
@@ -30,17 +32,12 @@ MANY = 100_000
 
 def config_of(run, seed=0):
     """The settings of the chapter's main run."""
-    return dpo.Config(
-        learning_rate=run.dpo_learning_rate,
-        beta=run.dpo_beta,
-        max_new_tokens=run.max_new_tokens,
-        seed=seed,
-    )
+    return dpo.Config(**dpo.AT_SCALE[run.scale], seed=seed)
 
 
 def table_config(pairs, seed=0):
-    """DPO of a table on the exact language. Large batches: Adam divides by the size of the gradient,
-    and rare, large gradients of small ones would move the optimum."""
+    """DPO of a table on the exact language. Large batches: Adam divides by the size of the
+    gradient, and rare, large gradients of small ones would move the optimum."""
     return dpo.Config(
         learning_rate=0.3,
         epochs=40,
@@ -57,7 +54,7 @@ def network_config(seed=0):
 
 
 def ppo_config(seed=0):
-    """PPO on the exact language, as in chapter 07."""
+    """PPO on the exact language, with the settings of the PPO chapter."""
     length, price = EXACT["length"], EXACT["beta"]
     return replace(exact_config(seed), max_new_tokens=length, kl_coefficient=price)
 
@@ -66,9 +63,9 @@ def settings_of(run):
     """What a run depends on besides its seed; a test holds the file to it."""
     return {
         "config": asdict(config_of(run)),
-        "pairs_of_reviews": run.preference_pairs,
+        "pairs_of_reviews": reward_model.PAIRS,
         "temperature": run.annotator_temperature,
-        "reward": run.reward_learning_rate,
+        "reward": reward_model.AT_SCALE[run.scale]["learning_rate"],
         "exact": EXACT,
         "table": asdict(table_config(MANY)),
         "network": asdict(network_config()),
@@ -86,7 +83,7 @@ def settings_of(run):
     }
 
 
-# --- the language that can be listed ---------------------------------------------------------------
+# --- the language that can be listed -------------------------------------------------------------
 
 
 class Case:
@@ -103,8 +100,12 @@ class Case:
 
     def network(self):
         return enumerable.small_gpt2(
-            EXACT["vocabulary"], EXACT["length"], self.seed, width=EXACT["width"], spread=EXACT["spread"]
-        )  # fmt: skip
+            EXACT["vocabulary"],
+            EXACT["length"],
+            self.seed,
+            width=EXACT["width"],
+            spread=EXACT["spread"],
+        )
 
     def pairs(self, count, drawn_from=None, temperature=1.0):
         luck = torch.Generator().manual_seed(self.seed)
@@ -154,7 +155,9 @@ class Case:
 
     def likeliest(self, chosen, rejected):
         fitted = self.strengths(chosen, rejected)
-        return None if fitted is None else enumerable.optimal_policy(self.reference, fitted, self.beta)  # fmt: skip
+        return (
+            None if fitted is None else enumerable.optimal_policy(self.reference, fitted, self.beta)
+        )
 
     def ascent(self, learned):
         """Exact gradient ascent on the regularised objective of a learned reward."""
@@ -238,16 +241,19 @@ def less_support(case, share):
     return found
 
 
-# --- reviews ---------------------------------------------------------------------------------------
+# --- reviews -------------------------------------------------------------------------------------
 
 
 def biased_pairs(run, seed):
-    """The pairs of chapter 06, judged by people who like long responses."""
+    """The pairs of the reward model, judged by people who like long responses."""
     policy, tokenizer = models.load(run.model)
-    prompts = worlds.load(run.world).openings("train", run.preference_pairs, seed)
+    prompts = worlds.load(run.world).openings("train", reward_model.PAIRS, seed)
     luck = torch.Generator().manual_seed(seed)
     pairs = preferences.sample_pairs(policy, tokenizer, prompts, run.max_new_tokens, luck)
-    people = [replace(one, length_bias=LENGTH_BIAS) for one in preferences.crowd(run.annotator_temperature)]  # fmt: skip
+    people = [
+        replace(one, length_bias=LENGTH_BIAS)
+        for one in preferences.crowd(run.annotator_temperature)
+    ]
     said = preferences.annotate(*pairs, rewards.true_utility(run), people, seed).preferences
     return reward_model.labelled(*pairs, said.mean(1))
 
@@ -261,7 +267,9 @@ def turned(data, seed):
     """Some labels the wrong way round, and which."""
     wrong = torch.rand(len(data), generator=torch.Generator().manual_seed(seed)) < WRONG
     rows = zip(data, wrong.tolist(), strict=True)
-    return [one._replace(preference=1.0 - one.preference if w else one.preference) for one, w in rows], wrong  # fmt: skip
+    return [
+        one._replace(preference=1.0 - one.preference if w else one.preference) for one, w in rows
+    ], wrong
 
 
 def main():
@@ -278,18 +286,20 @@ def main():
 
 def reviews(run, tell):
     model, tokenizer = models.load(run.model)
-    reward = reward_model.as_reward(reward_model.of_chapter_06(run), tokenizer)
+    reward = reward_model.as_reward(shipped.reward_model(run), tokenizer)
     judges = {"reward": reward, "vader": rewards.vader, "quality": rewards.true_utility(run)}
     world = worlds.load(run.world)
     prompts, held_out = world.openings("train", 2000), world.openings("held_out", HELD_OUT)
 
     @cache
     def pairs(seed):
-        return reward_model.pairs_of_chapter_06(run, seed)
+        return shipped.preference_pairs(run, seed)
 
     def judged(policy, seed):
         config = ppo.Config(max_new_tokens=run.max_new_tokens)
-        found = ppo.evaluate(policy, model, tokenizer, held_out, judges, config, seed=1000 + seed)
+        found = sampling.evaluate(
+            policy, model, tokenizer, held_out, judges, config, seed=1000 + seed
+        )
         means = {name: round(values.mean().item(), 4) for name, values in found.scores.items()}
         words = [len(text.split()) for text in found.texts]
         kl = round(found.kl.mean().item(), 3)
@@ -345,13 +355,23 @@ def reviews(run, tell):
     found["rejection-sampled"] = [rejection_sampled(seed) for seed in SWEEP_SEEDS]
     found["ipo"] = [offline("ipo", s, sure(pairs(s)), variant="ipo") for s in SWEEP_SEEDS]
     found["hinge"] = [offline("hinge", s, sure(pairs(s)), variant="hinge") for s in SWEEP_SEEDS]
-    found["simpo"] = [offline("simpo", s, sure(pairs(s)), variant="simpo", beta=2.0) for s in SWEEP_SEEDS]  # fmt: skip
+    found["simpo"] = [
+        offline("simpo", s, sure(pairs(s)), variant="simpo", beta=2.0) for s in SWEEP_SEEDS
+    ]
     normalised = {"variant": "length-normalised"}
-    found["fair, length-normalised"] = [offline("length-normalised", s, beta=2.0, **normalised) for s in SWEEP_SEEDS]  # fmt: skip
+    found["fair, length-normalised"] = [
+        offline("length-normalised", s, beta=2.0, **normalised) for s in SWEEP_SEEDS
+    ]
     found["length"] = {
-        name: [offline(f"long is good, {name}", s, biased_pairs(run, s), **change) for s in SWEEP_SEEDS]
-        for name, change in {"sigmoid": {}, "length-normalised": {"beta": 2.0} | normalised, "length-normalised, dearer": {"beta": DEAR} | normalised}.items()
-    }  # fmt: skip
+        name: [
+            offline(f"long is good, {name}", s, biased_pairs(run, s), **change) for s in SWEEP_SEEDS
+        ]
+        for name, change in {
+            "sigmoid": {},
+            "length-normalised": {"beta": 2.0} | normalised,
+            "length-normalised, dearer": {"beta": DEAR} | normalised,
+        }.items()
+    }
     found["noise"] = {str(x): [noisy(x, seed) for seed in SWEEP_SEEDS] for x in (0.0, WRONG)}
     return found
 

@@ -1,4 +1,5 @@
-"""Record the sweeps of chapter 07 over seeds, prices of KL and ablations: rlhf_helpers/assets/results/gpt2_sentiment_ppo.json."""
+"""Record the sweeps of gpt2_sentiment_ppo over seeds, prices of KL and ablations:
+rlhf_helpers/assets/results/gpt2_sentiment_ppo.json."""
 
 import copy
 import math
@@ -8,7 +9,9 @@ from dataclasses import asdict, replace
 import torch
 
 from rlhf_helpers import models, rewards, settings, worlds
-from rlhf_helpers.algorithms import ppo, reward_model, sft
+from rlhf_helpers.algorithms import ppo, reward_model, sampling, sft
+from rlhf_helpers.algorithms._loop import prompt_indices
+from rlhf_helpers.book import shipped
 from rlhf_helpers.book.notebook import record_sweep
 from rlhf_helpers.rollout import write
 from rlhf_helpers.worlds import enumerable
@@ -25,20 +28,32 @@ KL_TARGET = 3.0  # nats a sequence
 QUICK_HORIZON = 100  # samples
 FAR_PRICES = [0.5, 0.005]  # where the adaptive price starts
 LONG = 30  # iterations without a price on KL
-EXACT = {"vocabulary": 6, "length": 4, "beta": 0.5, "structure": 0.8, "width": 64, "spread": 0.5, "every": 10}  # fmt: skip
-CURVES = ("score", "kl", "kl_coefficient", "entropy", "clip_fraction", "approx_kl", "explained_variance", "grad_norm", "length", "distinct")  # fmt: skip
+EXACT = {
+    "vocabulary": 6,
+    "length": 4,
+    "beta": 0.5,
+    "structure": 0.8,
+    "width": 64,
+    "spread": 0.5,
+    "every": 10,
+}
+CURVES = (
+    "score",
+    "kl",
+    "kl_coefficient",
+    "entropy",
+    "clip_fraction",
+    "approx_kl",
+    "explained_variance",
+    "grad_norm",
+    "length",
+    "distinct",
+)
 
 
 def config_of(run, seed=0):
     """The settings of the chapter's main run."""
-    return ppo.Config(
-        iterations=run.ppo_iterations,
-        max_new_tokens=run.max_new_tokens,
-        learning_rate=run.ppo_learning_rate,
-        value_learning_rate=run.ppo_value_learning_rate,
-        micro_batch=run.ppo_micro_batch,
-        seed=seed,
-    )
+    return ppo.Config(**ppo.AT_SCALE[run.scale], seed=seed)
 
 
 def exact_config(seed=0):
@@ -60,7 +75,10 @@ def settings_of(run):
     """What a run depends on besides its seed; a test holds the file to it."""
     return {
         "config": asdict(config_of(run)),
-        "reward": {"pairs": run.preference_pairs, "learning_rate": run.reward_learning_rate},
+        "reward": {
+            "pairs": reward_model.PAIRS,
+            "learning_rate": reward_model.AT_SCALE[run.scale]["learning_rate"],
+        },
         "exact": EXACT | {"config": asdict(exact_config())},
         "seeds": SEEDS,
         "sweep_seeds": SWEEP_SEEDS,
@@ -83,7 +101,7 @@ def refreshed(policy, tokenizer, prompts, reward, config):
     for index in range(config.iterations):
         run.reference = models.reference(copy.deepcopy(policy))
         ppo._set_learning_rate(run.optimizer, index, config)
-        chosen = ppo.prompt_indices(len(prompts), index, config)
+        chosen = prompt_indices(len(prompts), index, config)
         run.history.append(ppo.iterate(run, [prompts[i] for i in chosen], reward, config))
         yield run.history[-1]
 
@@ -117,11 +135,13 @@ def prompts_in_the_loss(policy, tokenizer, prompts, reward, config):
     run = ppo.start(policy, tokenizer, config)
     for index in range(config.iterations):
         ppo._set_learning_rate(run.optimizer, index, config)
-        chosen = ppo.prompt_indices(len(prompts), index, config)
+        chosen = prompt_indices(len(prompts), index, config)
         batch = ppo.collect(run, [prompts[i] for i in chosen], reward, config)
         before = ppo.measure(run, batch, config)
         after = ppo.update(run, with_prompts(batch, run, config), alone)
-        run.history.append(ppo.Metrics(index + 1, **before, **after, rollout_seconds=0.0, update_seconds=0.0))  # fmt: skip
+        run.history.append(
+            ppo.Metrics(index + 1, **before, **after, rollout_seconds=0.0, update_seconds=0.0)
+        )
         yield run.history[-1]
 
 
@@ -132,7 +152,7 @@ class Bench:
         self.run = settings.load()
         self.model, self.tokenizer = models.load(self.run.model)
         self.world = worlds.load(self.run.world)
-        judge = reward_model.of_chapter_06(self.run)
+        judge = shipped.reward_model(self.run)
         self.reward = reward_model.as_reward(judge, self.tokenizer)
         quality = rewards.true_utility(self.run)
         self.judges = {"reward": self.reward, "vader": rewards.vader, "quality": quality}
@@ -142,7 +162,9 @@ class Bench:
 
     def judged(self, policy, config, seed):
         """What the judges say of a policy on the held-out prompts."""
-        found = ppo.evaluate(policy, self.model, self.tokenizer, self.held_out, self.judges, config, seed=1000 + seed)  # fmt: skip
+        found = sampling.evaluate(
+            policy, self.model, self.tokenizer, self.held_out, self.judges, config, seed=1000 + seed
+        )
         means = {name: round(values.mean().item(), 4) for name, values in found.scores.items()}
         surprise = sft.cross_entropy(policy, self.tokenizer, reviews_of(self.world))
         return means | {
@@ -171,27 +193,38 @@ class Bench:
         pairs = reviews_of(self.world, "train", 2000)
         quick = {"kl_target": KL_TARGET, "kl_horizon": QUICK_HORIZON}
         return {
-            "REINFORCE with baseline": {"baseline": "group", "epochs": 1, "mini_batches": 1, "clip": math.inf},
+            "REINFORCE with baseline": {
+                "baseline": "group",
+                "epochs": 1,
+                "mini_batches": 1,
+                "clip": math.inf,
+            },
             "no price on KL": {"kl_coefficient": 0.0, "iterations": LONG},
             "adaptive KL": {"kl_target": KL_TARGET, "kl_horizon": 1000},
             "adaptive KL, from ten times the price": quick | {"kl_coefficient": FAR_PRICES[0]},
             "adaptive KL, from a tenth of the price": quick | {"kl_coefficient": FAR_PRICES[1]},
             "PPO-ptx": {"ptx": pairs, "ptx_coefficient": PTX[0]},
-            "PPO-ptx, a tenth of the weight": {"ptx": pairs, "ptx_coefficient": PTX[1], "kl_coefficient": PTX_PRICE},
+            "PPO-ptx, a tenth of the weight": {
+                "ptx": pairs,
+                "ptx_coefficient": PTX[1],
+                "kl_coefficient": PTX_PRICE,
+            },
             "no clipping": {"clip": math.inf},
             "no whitening": {"whiten": False},
             "no value function": {"baseline": "none"},
             "one epoch": {"epochs": 1},
             "reference refreshed": {"train": refreshed},
             "prompt tokens in the loss": {"train": prompts_in_the_loss},
-        }  # fmt: skip
+        }
 
 
 def main():
     torch.set_num_threads(1)
     bench = Bench()
     results = {"start": bench.judged(bench.model, config_of(bench.run), 0)}
-    results["best_of"] = best_of(bench.model, bench.tokenizer, bench.held_out, bench.judges, bench.run)  # fmt: skip
+    results["best_of"] = best_of(
+        bench.model, bench.tokenizer, bench.held_out, bench.judges, bench.run
+    )
     print(results, flush=True)
     results |= {"prices": BETAS, "kl_target": KL_TARGET}
     results["main"] = [bench.trained("main", seed) for seed in SEEDS]
@@ -212,14 +245,22 @@ def exact(seed):
     language = enumerable.language(EXACT["vocabulary"], EXACT["length"])
     tokenizer = enumerable.tokenizer(language)
     utilities = enumerable.utilities(language, seed, EXACT["structure"])
-    policy = enumerable.small_gpt2(EXACT["vocabulary"], EXACT["length"], seed=seed, width=EXACT["width"], spread=EXACT["spread"])  # fmt: skip
+    policy = enumerable.small_gpt2(
+        EXACT["vocabulary"],
+        EXACT["length"],
+        seed=seed,
+        width=EXACT["width"],
+        spread=EXACT["spread"],
+    )
     reference = enumerable.model_log_probs(policy, language).detach()
     rewards, beta = utilities.to(reference), EXACT["beta"]
     best = enumerable.optimal_policy(reference, rewards, beta)
     gap = [enumerable.regularised_objective(p, reference, rewards, beta) for p in (reference, best)]
     found = {"iteration": [0], "kl": [enumerable.kl(reference, best).item()], "closed": [0.0]}
     found["start"] = found["kl"][0]
-    for metrics in ppo.train(policy, tokenizer, [""], enumerable.reward(language, utilities), exact_config(seed)):  # fmt: skip
+    for metrics in ppo.train(
+        policy, tokenizer, [""], enumerable.reward(language, utilities), exact_config(seed)
+    ):
         if metrics.iteration % EXACT["every"] == 0:
             now = enumerable.model_log_probs(policy, language).detach()
             value = enumerable.regularised_objective(now, reference, rewards, beta)
@@ -235,9 +276,17 @@ def reviews_of(world, split="held_out", n=200):
 
 
 def best_of(model, tokenizer, prompts, judges, run):
-    """Mean score of the best of n samples a prompt, by the learned reward, and what others say of it."""
+    """Mean score of the best of n samples a prompt, by the learned reward, and what others say of
+    it."""
     most = BEST_OF[-1]
-    texts = write(model, tokenizer, prompts, run.max_new_tokens, samples_per_prompt=most, generator=torch.Generator().manual_seed(5))  # fmt: skip
+    texts = write(
+        model,
+        tokenizer,
+        prompts,
+        run.max_new_tokens,
+        samples_per_prompt=most,
+        generator=torch.Generator().manual_seed(5),
+    )
     repeated = [p for p in prompts for _ in range(most)]
     scores = {
         n: rewards.score(judge, repeated, texts).view(-1, most) for n, judge in judges.items()
@@ -247,7 +296,9 @@ def best_of(model, tokenizer, prompts, judges, run):
         # the first n of every prompt, in groups that do not overlap
         groups = {name: values.view(len(prompts), -1, n) for name, values in scores.items()}
         best = groups["reward"].argmax(2, keepdim=True)
-        found[n] = {name: round(values.gather(2, best).mean().item(), 4) for name, values in groups.items()}  # fmt: skip
+        found[n] = {
+            name: round(values.gather(2, best).mean().item(), 4) for name, values in groups.items()
+        }
     return found
 
 

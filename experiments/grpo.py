@@ -1,6 +1,8 @@
-"""Record the sweeps of chapter 09, on sums and on the exact language: rlhf_helpers/assets/results/grpo.json.
+"""Record the sweeps of grpo, on sums and on the exact language:
+rlhf_helpers/assets/results/grpo.json.
 
-With the names of some parts (methods, bias, signal, hard, difficulty, weak, exact), these alone are made, and printed.
+With the names of some parts (methods, bias, signal, hard, difficulty, weak, exact), these alone are
+made, and printed.
 """
 
 import copy
@@ -15,7 +17,9 @@ from torch import nn
 
 from experiments.dpo_derivation import Case, ppo_config
 from rlhf_helpers import settings
-from rlhf_helpers.algorithms import grpo, ppo, sft
+from rlhf_helpers.algorithms import grpo, ppo, sampling, sft
+from rlhf_helpers.algorithms._loop import prompt_indices
+from rlhf_helpers.book import shipped
 from rlhf_helpers.book.notebook import record_sweep
 from rlhf_helpers.worlds import arithmetic, enumerable
 
@@ -36,9 +40,14 @@ REUSE = {
     "four passes": {"epochs": 4},
     "four passes, no clipping": {"epochs": 4, "clip": 0.999, "clip_high": 1e9},
     "four passes, sequence ratio, ε = 0.2": {"epochs": 4, "importance": "sequence"},
-    "four passes, sequence ratio, ε = 0.003": {"epochs": 4, "importance": "sequence", "clip": 3e-3, "clip_high": 4e-3},
+    "four passes, sequence ratio, ε = 0.003": {
+        "epochs": 4,
+        "importance": "sequence",
+        "clip": 3e-3,
+        "clip_high": 4e-3,
+    },
     "four passes, clip higher": {"epochs": 4, "clip_high": 0.28},
-}  # fmt: skip
+}
 # advantages and weights, at the full number of samples
 WEIGHTS = {
     "grpo": {"loss_type": "grpo"},
@@ -54,14 +63,18 @@ HARD_ITERATIONS = 200
 STOPS = [5, 12, 20, 40, 80, 160, 280]
 SPEED = {"iterations": 10, "learning_rate": 1e-4, "warm_up": 0.0}
 WEAK = ["grpo", "bnpo"]  # how tokens are weighed while a weak checker pays
-EXACT = {"iterations": 500, "prompts": 4, "samples_per_prompt": 64, "learning_rate": 3e-3, "warm_up": 0.1}  # fmt: skip
+EXACT = {
+    "iterations": 500,
+    "prompts": 4,
+    "samples_per_prompt": 64,
+    "learning_rate": 3e-3,
+    "warm_up": 0.1,
+}
 
 
 def config_of(run, seed=0):
     """The settings of the chapter's main run."""
-    return grpo.Config(
-        iterations=run.grpo_iterations, learning_rate=run.grpo_learning_rate, seed=seed
-    )
+    return grpo.Config(**grpo.AT_SCALE[run.scale], seed=seed)
 
 
 def value_config(run, seed=0):
@@ -122,23 +135,31 @@ def settings_of(run):
     }
 
 
-# --- measuring -------------------------------------------------------------------------------------
+# --- measuring -----------------------------------------------------------------------------------
 
 
-def rate(policy, tokenizer, level=LEVEL, new=16, problems=LOOK["problems"], samples=LOOK["samples"], seed=1):  # fmt: skip
+def rate(
+    policy,
+    tokenizer,
+    level=LEVEL,
+    new=16,
+    problems=LOOK["problems"],
+    samples=LOOK["samples"],
+    seed=1,
+):
     """Share of samples at temperature 1 that solve held-out problems."""
     held_out = arithmetic.problems(level, "held_out")
     if problems < len(held_out):
         held_out = arithmetic.sample(problems, level, "held_out")
-    found = grpo.solve(policy, tokenizer, held_out, samples, new, seed=seed)
+    found = sampling.solve(policy, tokenizer, held_out, samples, new, seed=seed)
     return round(found.double().mean().item(), 4)
 
 
 def ability(policy, tokenizer, level=LEVEL, new=16):
     """pass@k for all k, greedy accuracy, and how many held-out problems no sample solved."""
     held_out = arithmetic.sample(HELD_OUT, level, "held_out")
-    right = grpo.solve(policy, tokenizer, held_out, SAMPLES, new, seed=1)
-    greedy = grpo.solve(policy, tokenizer, held_out, 1, new, greedy=True)
+    right = sampling.solve(policy, tokenizer, held_out, SAMPLES, new, seed=1)
+    greedy = sampling.solve(policy, tokenizer, held_out, 1, new, greedy=True)
     return {
         "pass": [round(arithmetic.pass_at_k(right, k), 4) for k in KS],
         "greedy": round(greedy.double().mean().item(), 4),
@@ -147,13 +168,14 @@ def ability(policy, tokenizer, level=LEVEL, new=16):
 
 
 def curves(history, *names):
-    """Metrics by name; None where one is not a number, as the length of right answers if none was."""
+    """Metrics by name; None where one is not a number, as the length of right answers if none
+    was."""
     rows = [[getattr(one, name) for one in history] for name in names]
     rounded = [[None if math.isnan(x) else round(x, 4) for x in row] for row in rows]
     return dict(zip(names, rounded, strict=True))
 
 
-# --- training --------------------------------------------------------------------------------------
+# --- training ------------------------------------------------------------------------------------
 
 
 def columns_of(pool):
@@ -164,7 +186,7 @@ def columns_of(pool):
 def train(run, config, reward=arithmetic.exact, pool=None, kinds=None, looks=()):
     """GRPO on problems; the policy, its tokenizer, the history, CPU seconds without the looks, and
     pass@1 on held-out problems after the iterations in `looks`."""
-    policy, tokenizer = grpo.of_chapter_09(run)
+    policy, tokenizer = shipped.adder(run)
     pool = arithmetic.problems(LEVEL, "train") if pool is None else pool
     prompts, answers = columns_of(pool)
     history, seen, seconds, begin = [], [], 0.0, time.process_time()
@@ -189,7 +211,7 @@ def main_run(run, seed, **change):
 
 def with_values(run, seed):
     """PPO."""
-    policy, tokenizer = grpo.of_chapter_09(run)
+    policy, tokenizer = shipped.adder(run)
     prompts, answers = columns_of(arithmetic.problems(LEVEL, "train"))
     seen, explained = [], []
     begin, seconds = time.process_time(), 0.0
@@ -206,15 +228,17 @@ def with_values(run, seed):
 
 def rejection_sampled(run, seed):
     """Rounds of sampling, and of fine-tuning on the answers that were right."""
-    policy, tokenizer = grpo.of_chapter_09(run)
+    policy, tokenizer = shipped.adder(run)
     pool, config = arithmetic.problems(LEVEL, "train"), config_of(run, seed)
     luck = torch.Generator().manual_seed(seed)
     seen, kept, begin, seconds = [], [], time.process_time(), 0.0
     for index in range(config.iterations):
-        chosen = [pool[i] for i in ppo.prompt_indices(len(pool), index, config)]
+        chosen = [pool[i] for i in prompt_indices(len(pool), index, config)]
         some, answers = columns_of(chosen)
         group, new = config.samples_per_prompt, config.max_new_tokens
-        found = ppo.respond(policy, tokenizer, some, arithmetic.exact, luck, group, new, 1.0, answers)  # fmt: skip
+        found = sampling.respond(
+            policy, tokenizer, some, arithmetic.exact, luck, group, new, 1.0, answers
+        )
         right = (found.scores == 1) & found.ended
         kept += [(some[i // group], text) for i, text in enumerate(found.texts) if right[i]]
         if (index + 1) % (config.iterations // ROUNDS) == 0:
@@ -250,7 +274,7 @@ def mixture(run, seed, counts, curriculum=False, **change):
 def speeds(run, tell):
     """Of policies that solve different shares of their problems: what ten small steps gain."""
     config = config_of(run, SEEDS[-1] + 1)
-    start, tokenizer = grpo.of_chapter_09(run)
+    start, tokenizer = shipped.adder(run)
     places = [("level 2", start, 2, 16), ("level 3", start, 3, 16), ("level 4", start, 4, LONG)]
     policy = copy.deepcopy(start)
     prompts, answers = columns_of(arithmetic.problems(LEVEL, "train"))
@@ -280,18 +304,25 @@ def weak_checker(run, seed, loss_type):
     found = train(run, config, arithmetic.contains_answer, looks=looks)
     policy, tokenizer, history, seconds, seen = found
     asked = arithmetic.sample(4, LEVEL, "held_out")
-    texts = grpo.write(policy, tokenizer, [one.prompt for one in asked], LONG, generator=torch.Generator().manual_seed(0))  # fmt: skip
+    texts = grpo.write(
+        policy,
+        tokenizer,
+        [one.prompt for one in asked],
+        LONG,
+        generator=torch.Generator().manual_seed(0),
+    )
     examples = [(one.prompt, text, one.answer) for one, text in zip(asked, texts, strict=True)]
     found = {"curve": seen, "seconds": round(seconds, 1), "examples": examples}
     return found | curves(history, "reward", "length", "unended")
 
 
-# --- the language that can be listed ---------------------------------------------------------------
+# --- the language that can be listed -------------------------------------------------------------
 
 
 def fixed_point(case):
-    """Where a price in the loss ends that charges each token for itself: in each state the reference
-    times e^(Q/β), with the expected reward Q and without the price of what comes later."""
+    """Where a price in the loss ends that charges each token for itself: in each state the
+    reference times e^(Q/β), with the expected reward Q and without the price of what comes
+    later."""
     table = case.table.log_softmax(-1)
     start = table.clone()
     for _ in range(case.language.length + 1):
@@ -301,7 +332,8 @@ def fixed_point(case):
 
 
 def in_full(case, correct, steps=1500):
-    """GRPO on a table, its loss summed over all texts with their probabilities instead of sampled."""
+    """GRPO on a table, its loss summed over all texts with their probabilities instead of
+    sampled."""
     language, start = case.language, case.table.log_softmax(-1)
     table = nn.Parameter(case.table.clone())
     optimizer = torch.optim.Adam([table], lr=0.1)
@@ -324,7 +356,10 @@ def in_full(case, correct, steps=1500):
 def exact(seed, tell):
     """GRPO and PPO with the true utilities."""
     case = Case(seed)
-    judge, tokenizer = enumerable.reward(case.language, case.utilities), enumerable.tokenizer(case.language)  # fmt: skip
+    judge, tokenizer = (
+        enumerable.reward(case.language, case.utilities),
+        enumerable.tokenizer(case.language),
+    )
 
     def sampled(train, config):
         network = case.network()
@@ -347,7 +382,7 @@ def exact(seed, tell):
     return found
 
 
-# --- all -------------------------------------------------------------------------------------------
+# --- all -----------------------------------------------------------------------------------------
 
 
 def methods(run, tell):
@@ -355,14 +390,18 @@ def methods(run, tell):
         tell(f"{name} {seed}", {k: found[k] for k in ("pass", "greedy", "curve", "seconds")})
         return found
 
-    start, tokenizer = grpo.of_chapter_09(run)
+    start, tokenizer = shipped.adder(run)
     found = {"ks": KS, "before": ability(start, tokenizer) | {"look": rate(start, tokenizer)}}
     tell("before", found["before"])
     found["main"] = [told("main", s, main_run(run, s)) for s in SEEDS]
     loo = {"scale": "leave-one-out", "loss_type": "dr_grpo"}
-    found["leave-one-out"] = [told("leave-one-out", s, main_run(run, s, **loo)) for s in SWEEP_SEEDS]  # fmt: skip
+    found["leave-one-out"] = [
+        told("leave-one-out", s, main_run(run, s, **loo)) for s in SWEEP_SEEDS
+    ]
     found["ppo"] = [told("ppo", s, with_values(run, s)) for s in SWEEP_SEEDS]
-    found["rejection-sampled"] = [told("rejection-sampled", s, rejection_sampled(run, s)) for s in SWEEP_SEEDS]  # fmt: skip
+    found["rejection-sampled"] = [
+        told("rejection-sampled", s, rejection_sampled(run, s)) for s in SWEEP_SEEDS
+    ]
     return found
 
 
@@ -371,14 +410,20 @@ def bias(run, tell):
     found = {"weights": {}, "reuse": {}}
     for name, change in WEIGHTS.items():
         found["weights"][name] = [main_run(run, s, **change) for s in SWEEP_SEEDS]
-        tell(name, [(x["pass"][0], x["length_right"][-1], x["length_wrong"][-1]) for x in found["weights"][name]])  # fmt: skip
+        tell(
+            name,
+            [
+                (x["pass"][0], x["length_right"][-1], x["length_wrong"][-1])
+                for x in found["weights"][name]
+            ],
+        )
     for name, change in REUSE.items():
         found["reuse"][name] = []
         for seed in SWEEP_SEEDS:
             config = replace(config_of(run, seed), iterations=SHORT, **change)
             policy, tokenizer, history, seconds, _ = train(run, config)
             one = {"rate": rate(policy, tokenizer, problems=HELD_OUT), "seconds": round(seconds, 1)}
-            found["reuse"][name].append(one | curves(history, "reward", "clip_fraction"))  # fmt: skip
+            found["reuse"][name].append(one | curves(history, "reward", "clip_fraction"))
         tell(name, [x["rate"] for x in found["reuse"][name]])
     return found
 
@@ -394,7 +439,7 @@ def hard(run, tell):
     for name, curriculum in (("random order", False), ("curriculum", True)):
         found["hard"][name] = [mixture(run, s, MOSTLY_HARD, curriculum) for s in SWEEP_SEEDS]
         tell(name, [x["levels"] for x in found["hard"][name]])
-    start, tokenizer = grpo.of_chapter_09(run)
+    start, tokenizer = shipped.adder(run)
     found["hard"]["before"] = {
         "levels": levels(start, tokenizer),
         "ability": ability(start, tokenizer, 4, LONG),
@@ -403,7 +448,8 @@ def hard(run, tell):
 
 
 def difficulty(run, tell):
-    """As many problems of each difficulty, with the division by the standard deviation and without."""
+    """As many problems of each difficulty, with the division by the standard deviation and
+    without."""
     found = {}
     for scale in ("group", "none"):
         found[scale] = [mixture(run, s, EVENLY, scale=scale) for s in SWEEP_SEEDS]

@@ -1,4 +1,5 @@
-"""Record the sweeps of chapter 06 over seeds, numbers of pairs and modelling choices: rlhf_helpers/assets/results/reward_model.json."""
+"""Record the sweeps of reward_model over seeds, numbers of pairs and modelling choices:
+rlhf_helpers/assets/results/reward_model.json."""
 
 import random
 import time
@@ -25,9 +26,9 @@ CENTRING = 0.01
 def settings_of(run):
     """What a run depends on besides its seed; a test holds the file to it."""
     return {
-        "pairs": run.preference_pairs,
+        "pairs": rm.PAIRS,
         "temperature": run.annotator_temperature,
-        "learning_rate": run.reward_learning_rate,
+        "learning_rate": rm.AT_SCALE[run.scale]["learning_rate"],
         "config": asdict(rm.Config()),
         "seeds": SEEDS,
         "annotators": ANNOTATORS,
@@ -47,9 +48,7 @@ class Bench:
         self.run, self.seed = run, seed
         self.policy, self.tokenizer = models.load(run.model)
         self.world, self.utility = worlds.load(run.world), rewards.true_utility(run)
-        self.config = rm.Config(
-            learning_rate=run.reward_learning_rate, seed=seed, evaluate_every=10**6
-        )
+        self.config = rm.Config(**rm.AT_SCALE[run.scale], seed=seed, evaluate_every=10**6)
         self.held_out = self.pairs("held_out", HELD_OUT)
         self.annotators = preferences.crowd(run.annotator_temperature, ANNOTATORS)
         one = self.annotators[:1]
@@ -97,7 +96,7 @@ class Bench:
 
 def choices(bench, pairs):
     """Modelling choices, each as (name, comparisons, changes to the settings)."""
-    small = [column[: bench.run.preference_pairs] for column in pairs]
+    small = [column[: rm.PAIRS] for column in pairs]
     said = bench.say(small, bench.annotators)
     felt = bench.say(small, bench.annotators[:1]).pairs
     first_only = rm.comparisons(felt)
@@ -125,8 +124,9 @@ def choices(bench, pairs):
 
 
 def rankings(bench):
-    """As many texts as the pairs of the other choices have, in rankings of four, drawn by Plackett-Luce."""
-    prompts = bench.world.openings("train", bench.run.preference_pairs // 2, bench.seed)
+    """As many texts as the pairs of the other choices have, in rankings of four, drawn by
+    Plackett-Luce."""
+    prompts = bench.world.openings("train", rm.PAIRS // 2, bench.seed)
     generator = torch.Generator().manual_seed(bench.seed)
     texts = write(
         bench.policy,

@@ -1,4 +1,4 @@
-"""Record the runs and measurements of chapter 11: rlhf_helpers/assets/results/scaling_out.json.
+"""Record the runs and measurements of scaling_out: rlhf_helpers/assets/results/scaling_out.json.
 
 With the word `costs`, seconds and memory of single steps alone are measured again, and put into the
 file beside the curves that are there.
@@ -17,7 +17,7 @@ import torch
 
 from benchmarks import bench_grpo
 from rlhf_helpers import models, scale_out, settings
-from rlhf_helpers.algorithms import grpo
+from rlhf_helpers.algorithms import grpo, sampling
 from rlhf_helpers.book.notebook import record_sweep
 from rlhf_helpers.worlds import arithmetic
 
@@ -26,9 +26,23 @@ FEW_SEEDS = [0, 1, 2]
 STEPS = 100
 # what TRL is told of the settings; this book's loop may know more
 USED = (
-    "iterations", "prompts", "samples_per_prompt", "max_new_tokens", "temperature", "epochs", "mini_batches", "learning_rate",
-    "warm_up", "max_grad_norm", "scale", "loss_type", "importance", "clip", "clip_high", "beta",
-)  # fmt: skip
+    "iterations",
+    "prompts",
+    "samples_per_prompt",
+    "max_new_tokens",
+    "temperature",
+    "epochs",
+    "mini_batches",
+    "learning_rate",
+    "warm_up",
+    "max_grad_norm",
+    "scale",
+    "loss_type",
+    "importance",
+    "clip",
+    "clip_high",
+    "beta",
+)
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "rlhf_helpers" / "assets" / "results" / "scaling_out.json"
 
@@ -61,7 +75,12 @@ def settings_of(run):
 def launched(processes, seed, **change):
     """A run of TRL's trainer in one process or two: its curve."""
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(scale_out.CONFIGS / "two_cpu_processes.yaml")]  # fmt: skip
+    launcher = [
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(scale_out.CONFIGS / "two_cpu_processes.yaml"),
+    ]
     with tempfile.TemporaryDirectory() as folder:
         module = ["-m", "rlhf_helpers.scale_out", "--output", folder, *arguments(seed, **change)]
         command = [sys.executable, *(launcher if processes == 2 else []), *module]
@@ -80,7 +99,7 @@ def this_book(seed):
 
     def measure(step):
         where = (held_out, scale_out.EVALUATION_SAMPLES, args.max_new_tokens, 1000 + seed)
-        right = grpo.solve(policy, tokenizer, *where)
+        right = sampling.solve(policy, tokenizer, *where)
         curve.append({"step": step, "pass_at_1": arithmetic.pass_at_k(right, 1)})
 
     measure(0)
@@ -135,8 +154,10 @@ def main():
         "one": [told(f"one process, seed {s}", launched(1, s)) for s in SEEDS],
         "two": [told(f"two processes, seed {s}", launched(2, s)) for s in SEEDS],
         "this book": [told(f"this book, seed {s}", this_book(s)) for s in SEEDS],
-        "twice the batch": [told(f"twice the batch, seed {s}", launched(2, s, prompts=64)) for s in FEW_SEEDS],
-    } | costs()  # fmt: skip
+        "twice the batch": [
+            told(f"twice the batch, seed {s}", launched(2, s, prompts=64)) for s in FEW_SEEDS
+        ],
+    } | costs()
     record_sweep("scaling_out", start, settings_of(settings.load()), results)
 
 

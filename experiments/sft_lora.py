@@ -1,4 +1,5 @@
-"""Record the sweeps of chapter 05 over seeds, learning rates and ranks: rlhf_helpers/assets/results/sft_lora.json."""
+"""Record the sweeps of sft_lora over seeds, learning rates and ranks:
+rlhf_helpers/assets/results/sft_lora.json."""
 
 import copy
 import time
@@ -8,6 +9,7 @@ import torch
 
 from rlhf_helpers import models, settings, worlds
 from rlhf_helpers.algorithms import sft
+from rlhf_helpers.algorithms._loop import TrainingStopped
 from rlhf_helpers.book.notebook import record_sweep
 
 SEEDS = [0, 1, 2, 3, 4]
@@ -22,9 +24,9 @@ TARGETS = {"attention": None, "all matrices": "all-linear"}
 def settings_of(run):
     """What a run depends on besides its seed; a test holds the file to it."""
     return {
-        "examples": run.sft_examples,
-        "sft_learning_rate": run.sft_learning_rate,
-        "lora_learning_rate": run.lora_learning_rate,
+        "examples": sft.EXAMPLES[run.scale],
+        "sft_learning_rate": sft.AT_SCALE[run.scale]["learning_rate"],
+        "lora_learning_rate": sft.LORA_AT_SCALE[run.scale]["learning_rate"],
         "config": asdict(sft.Config()),
         "seeds": SEEDS,
         "sweep_seeds": SWEEP_SEEDS,
@@ -52,14 +54,15 @@ def main():
         config = sft.Config(
             learning_rate=learning_rate, loss_on=loss_on, seed=seed, evaluate_every=every
         )
-        examples = world.instructions("train", run.sft_examples, seed)
+        examples = world.instructions("train", sft.EXAMPLES[run.scale], seed)
         try:
             history = list(sft.train(policy, tokenizer, examples, config, requests))
-        except ValueError:  # a rate so large that the loss is no number any more
+        except TrainingStopped:  # a rate so large that the loss is no number any more
             return [], [float("nan")], policy
         curve = [(m.step, round(m.held_out, 4)) for m in history if m.held_out is not None]
         print(
-            f"{time.perf_counter() - start:5.0f} s  rank {rank}  rate {learning_rate:g}  {loss_on}  {target}  seed {seed}: {curve[-1][1]:.3f}",
+            f"{time.perf_counter() - start:5.0f} s  rank {rank}  rate {learning_rate:g}  {loss_on}"
+            f"  {target}  seed {seed}: {curve[-1][1]:.3f}",
             flush=True,
         )
         return [step for step, _ in curve], [value for _, value in curve], policy
@@ -67,7 +70,12 @@ def main():
     results = {"before": round(sft.cross_entropy(model, tokenizer, requests), 4)}
     for loss_on in sft.LOSS_ON:
         curves = [
-            fine_tune(seed, run.sft_learning_rate, loss_on=loss_on, every=sft.Config.evaluate_every)
+            fine_tune(
+                seed,
+                sft.AT_SCALE[run.scale]["learning_rate"],
+                loss_on=loss_on,
+                every=sft.Config.evaluate_every,
+            )
             for seed in SEEDS
         ]
         results["steps"] = curves[0][0]
@@ -81,7 +89,10 @@ def main():
     for target in TARGETS:
         ends, sizes = [], []
         for rank in RANKS:
-            tuned = [fine_tune(s, run.lora_learning_rate, rank, target=target) for s in SWEEP_SEEDS]
+            tuned = [
+                fine_tune(s, sft.LORA_AT_SCALE[run.scale]["learning_rate"], rank, target=target)
+                for s in SWEEP_SEEDS
+            ]
             ends.append([curve[-1] for _, curve, _ in tuned])
             trained = [p for p in tuned[0][2].parameters() if p.requires_grad]
             sizes.append(sum(p.numel() for p in trained))

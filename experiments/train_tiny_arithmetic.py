@@ -1,7 +1,8 @@
 """Train the tiny GPT-2 that adds, and write its card.  usage: train_tiny_arithmetic.py [FOLDER]
 
-A GPT-2 learns, from random weights, what a careless writer makes of problems of the training split. The same seed gives the
-same demonstrations and the same order; weights can differ in the last digits between machines.
+A GPT-2 learns, from random weights, what a careless writer makes of problems of the training split.
+The same seed gives the same demonstrations and the same order; weights can differ in the last
+digits between machines.
 """
 
 import json
@@ -57,7 +58,8 @@ def rewards_of(model, tokenizer, problems, samples, **how):
 
 
 def evaluate(model, tokenizer, problems=PROBLEMS, samples=SAMPLES):
-    """Pass rates by level on held-out problems: sampled at temperature 1, greedy, and at k samples."""
+    """Pass rates by level on held-out problems: sampled at temperature 1, greedy, and at k
+    samples."""
     measured = {}
     for level in arithmetic.LEVELS:
         count = min(problems, len(arithmetic.problems(level, "held_out")))

@@ -1,7 +1,9 @@
-"""Train the tiny GPT-2 that ships with the book, and write its card.  usage: train_tiny_gpt2.py [FOLDER]
+"""Train the tiny GPT-2 that ships with the book, and write its card.  usage: train_tiny_gpt2.py
+[FOLDER]
 
-A byte-level BPE tokenizer is trained on reviews of the grammar, then a GPT-2 on reviews that are never repeated. The same
-seed gives the same reviews and the same order; weights can differ in the last digits between machines.
+A byte-level BPE tokenizer is trained on reviews of the grammar, then a GPT-2 on reviews that are
+never repeated. The same seed gives the same reviews and the same order; weights can differ in the
+last digits between machines.
 """
 
 import itertools
@@ -79,7 +81,8 @@ def batches(tokenizer, count):
         order = torch.randperm(32, generator=generator)[:count].tolist()
         for index in order:
             part = rows[index * BATCH : (index + 1) * BATCH]
-            # half of the batches begin with the end-of-text token, so that prompts work with and without it
+            # half of the batches begin with the end-of-text token, so that prompts work with and
+            # without it
             first = [tokenizer.bos_token_id] * int(torch.rand((), generator=generator) < 0.5)
             yield pad([first + row + [tokenizer.eos_token_id] for row in part])
         count -= len(order)
@@ -104,7 +107,8 @@ def train(model, tokenizer):
     )
     start = time.perf_counter()
     for step, (tokens, labels) in enumerate(batches(tokenizer, STEPS)):
-        # right padding under a causal mask is never seen by what counts, so no attention mask is needed
+        # right padding under a causal mask is never seen by what counts, so no attention mask is
+        # needed
         loss = model(tokens, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
@@ -139,7 +143,8 @@ def surprise(model, tokenizer, heads, bodies):
 
 
 def evaluate(model, tokenizer, split="held_out", n=4000):
-    """Cross-entropy of the model and of the grammar on reviews of films it never saw, nats a token, with standard errors."""
+    """Cross-entropy of the model and of the grammar on reviews of films it never saw, nats a token,
+    with standard errors."""
     sample = reviews.sample(n, seed=1, split=split)
     end = tokenizer.eos_token
     parts = {
@@ -222,7 +227,8 @@ def write_card(folder, model, tokenizer, measured):
 
 
 def share_grammatical(model, tokenizer, n=1000):
-    """Of n sampled continuations of held-out openings, the share that the grammar could have written."""
+    """Of n sampled continuations of held-out openings, the share that the grammar could have
+    written."""
     openings = reviews.openings("held_out", n, seed=1)
     texts = write(model, tokenizer, openings, 64, generator=torch.Generator().manual_seed(SEED))
     pairs = zip(openings, texts, strict=True)

@@ -58,7 +58,7 @@ class Flops(NamedTuple):
     backward: int
 
 
-# --- parameters ------------------------------------------------------------------------------------
+# --- parameters ----------------------------------------------------------------------------------
 
 
 def parameters(config: Any) -> int:
@@ -89,7 +89,7 @@ def _matrices(config: Any) -> int:
     return 4 * config.n_embd**2 + 2 * config.n_embd * _inner(config)
 
 
-# --- memory ----------------------------------------------------------------------------------------
+# --- memory --------------------------------------------------------------------------------------
 
 
 def memory(
@@ -131,8 +131,8 @@ def memory(
 
 
 def rollout_memory(config: Any, batch: Batch) -> int:
-    """Bytes of the cache of keys and values when the last token is sampled, next to the models; less
-    than an update keeps for the same completions."""
+    """Bytes of the cache of keys and values when the last token is sampled, next to the models;
+    less than an update keeps for the same completions."""
     _check(config, "grpo", batch, 0)
     kept = batch.prompt_tokens + batch.new_tokens - 1
     return FLOAT * 2 * config.n_layer * config.n_embd * batch.prompts * batch.group * kept
@@ -172,7 +172,7 @@ def _activations(config: Any, method: str, batch: Batch, rank: int) -> int:
     return (2 if method == "ppo" else 1) * (config.n_layer * block + last)
 
 
-# --- operations ------------------------------------------------------------------------------------
+# --- operations ----------------------------------------------------------------------------------
 
 
 class _Pass(NamedTuple):

@@ -48,7 +48,8 @@ def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, kind: str = "k3") -> T
 def _ratio_minus_one_minus_log(log_ratio: Tensor) -> Tensor:
     """exp(x) − 1 − x for a log-ratio x, exact also where x is tiny and the terms cancel; never
     negative."""
-    # below the fourth root of the precision the dropped terms of the series are smaller than rounding
+    # below the fourth root of the precision the dropped terms of the series are smaller than
+    # rounding
     small = log_ratio.detach().abs() < torch.finfo(log_ratio.dtype).eps ** 0.25
     near = torch.where(small, log_ratio, torch.zeros_like(log_ratio))
     far = torch.where(small, torch.ones_like(log_ratio), log_ratio)

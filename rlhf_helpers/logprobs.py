@@ -47,7 +47,8 @@ def token_log_probs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) ->
         raise ValueError(
             f"tokens holds an index outside [0, {vocabulary}), the vocabulary of logits"
         )
-    # a view of [sequences, positions, V], cut along both so that every piece stays a view of the logits
+    # a view of [sequences, positions, V], cut along both so that every piece stays a view of the
+    # logits
     shape = (
         (1,) * (3 - logits.dim()) + logits.shape if logits.dim() < 3 else (-1, *logits.shape[-2:])
     )
@@ -127,7 +128,8 @@ def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     counts = mask.sum(dim)
     if (counts == 0).any():
         raise ValueError(
-            f"mask is empty along dim={dim} for at least one slice; drop that slice or average over all"
+            f"mask is empty along dim={dim} for at least one slice; drop that slice or average"
+            " over all"
         )
     return kept.sum(dim) / counts
 

@@ -320,7 +320,8 @@ def plackett_luce_loss(scores: Tensor) -> Tensor:
             f"scores has shape {tuple(scores.shape)}; pass [N, K] with K ≥ 2, best first"
         )
     _check_scores(scores=scores)
-    # logcumsumexp would do it in one call, but its gradient is off in the fifth digit for large scores
+    # logcumsumexp would do it in one call, but its gradient is off in the fifth digit for large
+    # scores
     left = [scores[:, k:].logsumexp(1) for k in range(scores.shape[1])]
     return (torch.stack(left, 1) - scores).sum(1).mean()
 
@@ -480,7 +481,8 @@ def _label(value: Tensor | float, name: str, like: Tensor) -> Tensor:
     value = value.expand_as(like) if value.dim() == 0 else value
     if value.shape != like.shape:
         raise ValueError(
-            f"{name} has shape {tuple(value.shape)}, the scores {tuple(like.shape)}; make them equal"
+            f"{name} has shape {tuple(value.shape)}, the scores {tuple(like.shape)}; make them"
+            " equal"
         )
     finite(value, name)
     return value

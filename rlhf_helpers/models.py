@@ -213,7 +213,8 @@ def lora_policy(
     """
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError(
-            "model carries an adapter already; train that one, or call merge_and_unload() on it first"
+            "model carries an adapter already; train that one, or call merge_and_unload() on it"
+            " first"
         )
     if isinstance(target_modules, str) and target_modules != "all-linear":
         raise ValueError(f"target_modules={target_modules!r} is one text; pass a list of names")
@@ -256,10 +257,10 @@ def reference(policy: nn.Module) -> Callable[[], AbstractContextManager[nn.Modul
         return lambda: _no_gradients(frozen)
     if not _adapter_is_no_op(policy):
         raise ValueError(
-            "the policy's adapter is not a fresh one from lora_policy, so switching it off gives the "
-            "base model and not the policy that this run starts from; call "
-            "lora_policy(policy.merge_and_unload()) to start a new adapter, or take "
-            "reference(copy.deepcopy(policy).merge_and_unload())"
+            "the policy's adapter is not a fresh one from lora_policy, so switching it off gives"
+            " the base model and not the policy that this run starts from; call"
+            " lora_policy(policy.merge_and_unload()) to start a new adapter, or take"
+            " reference(copy.deepcopy(policy).merge_and_unload())"
         )
     return lambda: _adapter_off(policy)
 

@@ -44,7 +44,7 @@ _RESAMPLES = 1000
 # A reward function: (prompts, responses) to as many numbers.
 Utility = Callable[[list[str], list[str]], Sequence[float]]
 
-# --- pairs -----------------------------------------------------------------------------------------
+# --- pairs ---------------------------------------------------------------------------------------
 
 
 def from_rows(rows: Iterable[Mapping]) -> Dataset:
@@ -247,7 +247,7 @@ def sample_pairs(
     return first, second, third
 
 
-# --- annotators ------------------------------------------------------------------------------------
+# --- annotators ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -389,7 +389,8 @@ def ceiling(probabilities: Tensor) -> float:
     """
     if probabilities.dim() == 0 or probabilities.shape[-1] != 3 or probabilities.numel() == 0:
         raise ValueError(
-            f"probabilities has shape {tuple(probabilities.shape)}; pass [..., 3]: first, tie, second"
+            f"probabilities has shape {tuple(probabilities.shape)}; pass [..., 3]: first, tie,"
+            " second"
         )
     finite(probabilities, "probabilities")
     sums = probabilities.sum(-1)
@@ -447,7 +448,8 @@ def _utilities(utility: Utility, prompts: Sequence[str], responses: Sequence[str
     values = [math.nan if value is None else float(value) for value in values]
     if len(values) != len(responses):
         raise ValueError(
-            f"utility gave {len(values)} numbers for {len(responses)} responses; return one for each"
+            f"utility gave {len(values)} numbers for {len(responses)} responses; return one for"
+            " each"
         )
     finite(torch.tensor(values, dtype=torch.float64), "utility")
     return values
@@ -458,7 +460,7 @@ def _logistic(rng: random.Random) -> float:
     return math.log(uniform / (1.0 - uniform))
 
 
-# --- agreement -------------------------------------------------------------------------------------
+# --- agreement -----------------------------------------------------------------------------------
 
 
 class Agreement(NamedTuple):
@@ -494,8 +496,9 @@ def fleiss_kappa(table: np.ndarray | Tensor, seed: int = 0) -> Agreement:
     judgements = table.sum(1)
     if judgements.min() < 2 or judgements.min() < judgements.max():
         raise ValueError(
-            f"table has rows with sums from {judgements.min():g} to {judgements.max():g}; every item "
-            "needs the same number of annotators, at least 2 (krippendorff_alpha takes unequal ones)"
+            f"table has rows with sums from {judgements.min():g} to {judgements.max():g}; every"
+            " item needs the same number of annotators, at least 2 (krippendorff_alpha takes"
+            " unequal ones)"
         )
     if (table.sum(0) > 0).sum() < 2:
         raise ValueError("table has only one category in use; agreement beyond chance is undefined")
@@ -553,7 +556,7 @@ def _bootstrap(
     return Agreement(float(coefficient(items)), float(low), float(high))
 
 
-# --- strengths -------------------------------------------------------------------------------------
+# --- strengths -----------------------------------------------------------------------------------
 
 
 def fit_strengths(wins: np.ndarray | Tensor) -> Tensor:

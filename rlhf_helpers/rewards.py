@@ -36,14 +36,14 @@ def _set(words: str) -> frozenset[str]:
 
 
 POSITIVE = _set(
-    """superb wonderful brilliant excellent outstanding magnificent perfect fantastic good great nice
-    fine amazing beautiful delightful enjoyable charming funny moving love loved enjoyed adored best
-    masterpiece recommend"""
+    """superb wonderful brilliant excellent outstanding magnificent perfect fantastic good great
+    nice fine amazing beautiful delightful enjoyable charming funny moving love loved enjoyed
+    adored best masterpiece recommend"""
 )
 NEGATIVE = _set(
     """terrible awful dreadful horrible atrocious abysmal hopeless unbearable bad poor weak dull
-    boring disappointing annoying tedious mediocre stupid ugly hate hated disliked ruined worst waste
-    avoid"""
+    boring disappointing annoying tedious mediocre stupid ugly hate hated disliked ruined worst
+    waste avoid"""
 )
 NEGATIONS = _set(
     """not never no none nobody nothing neither nor cannot hardly barely scarcely rarely seldom
@@ -55,18 +55,18 @@ TARGET_WORDS = 20
 COMPOSITE = {"length": 0.25, "relevance": 0.5, "formatted": 0.25}
 
 _STOP_WORDS = _set(
-    """a about after again all also an and any are as at be because been before being but by can could
-    did do does down each for from had has have he her here him his how i if in into is it its just
-    may me might more most must my no not of off on once one only or other our out over own same shall
-    she should so some such than that the their them then there these they this those through to too
-    under until up very was we were what when where which while who whom whose why will with would you
-    your"""
+    """a about after again all also an and any are as at be because been before being but by can
+    could did do does down each for from had has have he her here him his how i if in into is it
+    its just may me might more most must my no not of off on once one only or other our out over
+    own same shall she should so some such than that the their them then there these they this
+    those through to too under until up very was we were what when where which while who whom
+    whose why will with would you your"""
 )
 _SHORT_FORMS = ("n't", "'m", "'re", "'ll", "'ve", "'d")
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 _SHOWN = 60  # characters of a completion that an error shows
 
-# --- calling a reward ------------------------------------------------------------------------------
+# --- calling a reward ----------------------------------------------------------------------------
 
 
 def score(
@@ -98,7 +98,8 @@ def score(
     values = _plain(reward(list(prompts), list(completions), **columns))
     if not isinstance(values, list | tuple):
         raise ValueError(
-            f"{name} returned {shortened(values)}; return a list with one number for each completion"
+            f"{name} returned {shortened(values)}; return a list with one number for each"
+            " completion"
         )
     if len(values) != len(completions):
         raise ValueError(
@@ -121,7 +122,7 @@ def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-# --- words -----------------------------------------------------------------------------------------
+# --- words ---------------------------------------------------------------------------------------
 
 
 def word_count(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
@@ -187,7 +188,7 @@ def _repeated(words: list[str]) -> float:
     return (len(distinct) - count) / count
 
 
-# --- a reward made of parts ------------------------------------------------------------------------
+# --- a reward made of parts ----------------------------------------------------------------------
 
 
 def length(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
@@ -265,14 +266,15 @@ def _form(text: str) -> float:
     return sum(kept) / len(kept)
 
 
-# --- sentiment by others' work ---------------------------------------------------------------------
+# --- sentiment by others' work -------------------------------------------------------------------
 
 
 def vader(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
     """VADER's compound score of each completion, from −1 to 1: a lexicon of 7,500 words, emoticons
     and emoji with rules for negation, emphasis and "but".
 
-    Source: Hutto and Gilbert 2014, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of
+    Source: Hutto and Gilbert 2014, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis
+        of
         Social Media Text".
     """
     return [_analyser().polarity_scores(text)["compound"] for text in completions]

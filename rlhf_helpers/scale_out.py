@@ -1,12 +1,13 @@
-"""Several processes: TRL's trainers, fed with the data, rewards and settings of this book's loops, and
-a run that `accelerate launch` starts.
+"""Several processes: TRL's trainers, fed with the data, rewards and settings of this book's loops,
+and a run that `accelerate launch` starts.
 
 The launcher is accelerate's and the trainers are TRL's. What is here only translates: settings of
 `grpo.Config`, `dpo.Config`, `reward_model.Config` and `sft.Config` into TRL's, texts into its data
 sets, and what TRL cannot do into an error. A batch is the batch of all processes together, so that
 a run does not change its meaning with their number.
 
-    accelerate launch --config_file two_cpu_processes.yaml -m rlhf_helpers.scale_out --output runs/two
+    accelerate launch --config_file two_cpu_processes.yaml -m rlhf_helpers.scale_out --output
+    runs/two
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from trl import (
 from rlhf_helpers import models, rewards, settings
 from rlhf_helpers._validate import in_range, one_of
 from rlhf_helpers.algorithms import dpo, grpo, reward_model, sft
+from rlhf_helpers.algorithms._loop import steps_per_epoch
 from rlhf_helpers.worlds import arithmetic
 
 CONFIGS = Path(__file__).parent / "assets" / "accelerate"
@@ -62,7 +64,7 @@ DPO_LOSSES = {"sigmoid": "sigmoid", "hinge": "hinge", "length-normalised": "sigm
 EVALUATION_SAMPLES = 4  # of each held-out problem
 
 
-# --- settings --------------------------------------------------------------------------------------
+# --- settings ------------------------------------------------------------------------------------
 
 
 def processes() -> int:
@@ -78,7 +80,8 @@ def share(total: int, name: str) -> int:
     count = processes()
     if total % count:
         raise ValueError(
-            f"{name}={total} cannot be shared equally by {count} processes; make it a multiple of {count}"
+            f"{name}={total} cannot be shared equally by {count} processes; make it a multiple of"
+            f" {count}"
         )
     return total // count
 
@@ -142,7 +145,7 @@ def grpo_arguments(config: grpo.Config, folder: str | Path, **options: Any) -> G
 
 def _pairs_arguments(config: Any, folder: str | Path, count: int) -> dict[str, Any]:
     """Settings of the trainers that pass through given data."""
-    return _common(config, folder, config.epochs * sft.steps_per_epoch(range(count), config)) | {
+    return _common(config, folder, config.epochs * steps_per_epoch(count, config)) | {
         "per_device_train_batch_size": share(min(config.batch_size, count), "batch_size"),
         "dataloader_drop_last": count >= config.batch_size,
         "max_length": None,
@@ -156,7 +159,7 @@ def _only(value: str, known: Sequence[str], name: str) -> None:
         )
 
 
-# --- trainers --------------------------------------------------------------------------------------
+# --- trainers ------------------------------------------------------------------------------------
 
 
 def grpo_trainer(
@@ -189,8 +192,9 @@ def grpo_trainer(
     lengths = [len(ids) for ids in tokenizer(list(prompts), add_special_tokens=False)["input_ids"]]
     if min(lengths) < max(lengths) and _minds_padding(policy, tokenizer):
         raise ValueError(
-            f"prompts have {min(lengths)} to {max(lengths)} tokens, and TRL's GRPO gives left-padded "
-            f"prompts no position ids, which a {type(policy).__name__} needs; pass prompts of one length"
+            f"prompts have {min(lengths)} to {max(lengths)} tokens, and TRL's GRPO gives"
+            f" left-padded prompts no position ids, which a {type(policy).__name__} needs; pass"
+            " prompts of one length"
         )
     trainer = GRPOTrainer(
         policy,
@@ -309,7 +313,8 @@ def dpo_trainer(
     _only(config.variant, tuple(DPO_LOSSES), "variant")
     if config.label_smoothing:
         raise ValueError(
-            f"label_smoothing={config.label_smoothing}: TRL 1.16 ignores it for this loss; set it to 0"
+            f"label_smoothing={config.label_smoothing}: TRL 1.16 ignores it for this loss; set it"
+            " to 0"
         )
     for index, one in enumerate(data):
         if one.margin:
@@ -408,7 +413,7 @@ def _padding_apart(tokenizer: Tokenizer) -> Tokenizer:
     return found
 
 
-# --- configurations --------------------------------------------------------------------------------
+# --- configurations ------------------------------------------------------------------------------
 
 
 def check_config(path: str | Path) -> dict[str, str]:
@@ -440,8 +445,9 @@ def check_config(path: str | Path) -> dict[str, str]:
         )
     if found.use_cpu and found.num_processes > 1 and not (args.multi_gpu or args.mpirun_hostfile):
         raise ValueError(
-            f"{path}: without an mpirun_hostfile this starts one process, not {found.num_processes}; "
-            "write distributed_type: MULTI_GPU, which starts processes on CPUs too"
+            f"{path}: without an mpirun_hostfile this starts one process, not"
+            f" {found.num_processes}; write distributed_type: MULTI_GPU, which starts processes on"
+            " CPUs too"
         )
     if args.use_deepspeed:
         args.deepspeed_fields_from_accelerate_config = ",".join(found.deepspeed_config)
@@ -454,7 +460,7 @@ def _given(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name.startswith(names)}
 
 
-# --- a run -----------------------------------------------------------------------------------------
+# --- a run ---------------------------------------------------------------------------------------
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -465,8 +471,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default=settings.TINY_ARITHMETIC, help="name or folder")
     parser.add_argument("--level", type=int, default=3, help="of the problems, 1 to 4")
     parser.add_argument("--steps", type=int, default=100, help="updates")
-    parser.add_argument("--prompts", type=int, default=default.prompts, help="a step, of all processes")  # fmt: skip
-    parser.add_argument("--samples", type=int, default=default.samples_per_prompt, help="of a prompt")  # fmt: skip
+    parser.add_argument(
+        "--prompts", type=int, default=default.prompts, help="a step, of all processes"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=default.samples_per_prompt, help="of a prompt"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=default.max_new_tokens)
     parser.add_argument("--learning-rate", type=float, default=default.learning_rate)
     parser.add_argument("--loss-type", default="dapo", choices=grpo.GRPO_TYPES)
@@ -544,7 +554,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _save(trainer, tokenizer, args.output / "policy")
     group = torch.distributed.group.WORLD
     _finish(trainer, args.output / "curve.json", round(time.perf_counter() - begin, 1))
-    # freed with the trainer, torch 2.13's group would wait, holding Python's lock, for a thread that
+    # freed with the trainer, torch 2.13's group would wait, holding Python's lock, for a thread
+    # that
     # waits for this lock; so the group goes last
     del trainer
     gc.collect()

@@ -1,4 +1,5 @@
-"""What several tests of losses and of training need: random numbers, gradients, and a tokenizer of letters."""
+"""What several tests of losses and of training need: random numbers, gradients, and a tokenizer of
+letters."""
 
 import torch
 from tokenizers import Tokenizer, pre_tokenizers
@@ -21,7 +22,8 @@ def value_and_gradient(function, x):
 
 
 def letters():
-    """One token a letter, with spaces between; pad and end are one token, which is the hard case."""
+    """One token a letter, with spaces between; pad and end are one token, which is the hard
+    case."""
     words = Tokenizer(WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<end>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(

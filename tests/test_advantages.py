@@ -1,4 +1,5 @@
-"""Returns, GAE, group-relative and leave-one-out advantages against definitions written as double loops."""
+"""Returns, GAE, group-relative and leave-one-out advantages against definitions written as double
+loops."""
 
 import statistics
 from fractions import Fraction
@@ -69,7 +70,8 @@ def test_returns_equal_the_double_loop(gamma):
 
 @pytest.mark.equation("eq:returns")
 def test_returns_by_hand():
-    """Oracle: 1 + 2/2 + 4/4 = 3, 2 + 4/2 = 4, 4; the 100 after the end does not count; gamma defaults to 1."""
+    """Oracle: 1 + 2/2 + 4/4 = 3, 2 + 4/2 = 4, 4; the 100 after the end does not count; gamma
+    defaults to 1."""
     rewards, mask = torch.tensor([[1.0, 2.0, 4.0, 100.0]]), torch.tensor([[1, 1, 1, 0]])
     assert discounted_returns(rewards, mask, 0.5).tolist() == [[3.0, 4.0, 4.0, 0.0]]
     assert discounted_returns(rewards, mask).tolist() == [[7.0, 6.0, 4.0, 0.0]]
@@ -98,7 +100,8 @@ def test_reward_on_the_last_real_token_reaches_every_earlier_one():
     ("gamma", "lam"), [(1.0, 0.95), (0.9, 0.8), (0.99, 1.0), (0.7, 0.0), (0.0, 0.5)]
 )
 def test_gae_equals_the_double_loop(gamma, lam):
-    """Oracle: a float64 NumPy double loop over sums of discounted TD errors, rows of different length."""
+    """Oracle: a float64 NumPy double loop over sums of discounted TD errors, rows of different
+    length."""
     lengths = (5, 3, 1)
     rewards, values, mask = random_batch(lengths)
     advantages, returns = gae(rewards, values, mask, gamma, lam)
@@ -111,7 +114,8 @@ def test_gae_equals_the_double_loop(gamma, lam):
 
 @pytest.mark.equation("eq:gae")
 def test_gae_is_an_upper_triangular_matrix_times_td_errors():
-    """Oracle: delta @ M^T with M[i, j] = (gamma lam)^(j - i) for j >= i, on full rows, at the default settings."""
+    """Oracle: delta @ M^T with M[i, j] = (gamma lam)^(j - i) for j >= i, on full rows, at the
+    default settings."""
     rewards, values, mask = random_batch((6, 6, 6), 6)
     following = torch.cat([values[:, 1:], torch.zeros(3, 1, dtype=torch.float64)], dim=1)
     delta = rewards + following - values
@@ -177,7 +181,8 @@ def test_gae_equals_torchrl():
 
 
 def test_a_perfect_critic_leaves_no_advantage():
-    """Oracle: with V equal to the return-to-go every TD error is zero, so the advantages are too."""
+    """Oracle: with V equal to the return-to-go every TD error is zero, so the advantages are
+    too."""
     rewards, _, mask = random_batch((5, 3, 1))
     values = torch.from_numpy(loop_returns(rewards.numpy(), (5, 3, 1), 0.9))
     assert gae(rewards, values, mask, 0.9, 0.95)[0].abs().max() < 1e-13
@@ -228,7 +233,8 @@ def test_whole_number_rewards_are_numbers():
 
 @pytest.mark.parametrize("garbage", GARBAGE)
 def test_garbage_after_the_end_does_not_leak(garbage):
-    """Oracle: the same calls with zeros after the end; what comes out after the end is exactly zero."""
+    """Oracle: the same calls with zeros after the end; what comes out after the end is exactly
+    zero."""
     rewards, values, mask = random_batch((4, 2, 1), 5)
     clean_rewards, clean_values = rewards * mask, values * mask
     dirty_rewards, dirty_values = (torch.where(mask, x, garbage) for x in (rewards, values))
@@ -311,7 +317,8 @@ def test_group_advantages_equal_exact_statistics(scale, eps):
 
 @pytest.mark.equation("eq:group-advantages")
 def test_one_right_answer_among_eight():
-    """Oracle: the published numbers 2.47 and -0.35 (mean 1/8, std sqrt(1/8)), at the default settings."""
+    """Oracle: the published numbers 2.47 and -0.35 (mean 1/8, std sqrt(1/8)), at the default
+    settings."""
     result = group_relative_advantages(torch.tensor([1.0] + [0.0] * 7), 8)
     root = 8**-0.5
     assert result.tolist() == pytest.approx(
@@ -324,7 +331,8 @@ def test_one_right_answer_among_eight():
 @pytest.mark.parametrize("value", [0.1, 1 / 3, -2.7, 1e6 + 0.1, 0.0])
 @pytest.mark.parametrize("group_size", [2, 3, 7])
 def test_a_constant_group_gives_exactly_zero(scale, value, group_size):
-    """Oracle: r - mean(r) is zero in exact arithmetic; in float32 the mean of 0.1 seven times is not 0.1."""
+    """Oracle: r - mean(r) is zero in exact arithmetic; in float32 the mean of 0.1 seven times is
+    not 0.1."""
     constant, varied = (
         torch.full((group_size,), value),
         torch.arange(group_size, dtype=torch.float32),
@@ -350,7 +358,8 @@ def test_groups_are_neighbours():
     scale=st.sampled_from(["group", "batch", "none"]),
 )
 def test_group_advantages_sum_to_zero_and_ignore_a_shift(rewards, shift, scale):
-    """Oracle: two properties of centring: zero sum in each group, no change when every reward moves by a constant."""
+    """Oracle: two properties of centring: zero sum in each group, no change when every reward moves
+    by a constant."""
     flat = torch.from_numpy(rewards).flatten()
     result = group_relative_advantages(flat, 4, scale, eps=1.0)
     torch.testing.assert_close(

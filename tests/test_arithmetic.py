@@ -1,4 +1,5 @@
-"""Sums with answers that can be checked, the rewards that check them, and the small GPT-2 that adds carelessly."""
+"""Sums with answers that can be checked, the rewards that check them, and the small GPT-2 that adds
+carelessly."""
 
 import itertools
 import random
@@ -51,7 +52,8 @@ def test_prompts_answers_and_operands_say_the_same(level, split):
 
 
 def test_no_unordered_operands_are_in_both_splits():
-    """Oracle: all sums, counted by hand (10·10, 90·10, 90·90 and 40³), as bags of numbers, over the levels together."""
+    """Oracle: all sums, counted by hand (10·10, 90·10, 90·90 and 40³), as bags of numbers, over the
+    levels together."""
     train, held_out = (
         [p for level in arithmetic.LEVELS for p in arithmetic.problems(level, split)]
         for split in ("train", "held_out")
@@ -114,7 +116,12 @@ def test_every_term_of_a_solution_is_worth_the_sum(worked):
 def test_solutions_read_as_the_page_says():
     problem = {level: arithmetic.problems(level, "train")[-1] for level in arithmetic.LEVELS}
     written = {p.prompt + arithmetic.solution(p) for p in problem.values()}
-    assert written == {"9+9=18", "99+9=18+90=108", "99+99=18+180=198", "99+99+98=18+180+98=198+98=16+280=296"}  # fmt: skip
+    assert written == {
+        "9+9=18",
+        "99+9=18+90=108",
+        "99+99=18+180=198",
+        "99+99+98=18+180+98=198+98=16+280=296",
+    }
     assert arithmetic.solution(problem[4], worked=False) == "296"
 
 
@@ -139,7 +146,8 @@ def test_demonstrations_are_of_the_training_split_in_the_stated_shares():
 
 
 def test_slips_in_the_head_are_as_frequent_as_stated():
-    """Oracle: an answer of d digits is right with probability (1 − slip)^d; bounds of four standard errors."""
+    """Oracle: an answer of d digits is right with probability (1 − slip)^d; bounds of four standard
+    errors."""
     level = {p.prompt: k for k in arithmetic.LEVELS for p in arithmetic.problems(k, "train")}
     pairs = arithmetic.demonstrations(40_000, seed=7, worked=0.0)
     for k, slip in arithmetic.SLIP_IN_THE_HEAD.items():
@@ -450,8 +458,9 @@ def test_the_library_alone_loads_it():
 
 
 def test_pass_rates_are_in_their_bands_and_the_card_tells_them(adder):
-    """The bands were set before the model was trained: level 3, the task of reinforcement learning, 0.20 to 0.33; some level
-    nearly solved, some in between, and one hardly ever right. The card's numbers are met within four standard errors."""
+    """The bands were set before the model was trained: level 3, the task of reinforcement learning,
+    0.20 to 0.33; some level nearly solved, some in between, and one hardly ever right. The card's
+    numbers are met within four standard errors."""
     card = (FOLDER / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"\| (\d) \| `.*?` \| \d+ \| ([\d.]+) \| ([\d.]+) \|", card)
     assert f"{adder[0].num_parameters():,} parameters" in card
@@ -470,7 +479,8 @@ def test_pass_rates_are_in_their_bands_and_the_card_tells_them(adder):
 
 
 def test_the_loop_of_the_book_runs_on_it():
-    """Two iterations: rewards differ, so there is something to learn, and every completion ends by itself."""
+    """Two iterations: rewards differ, so there is something to learn, and every completion ends by
+    itself."""
     problems = arithmetic.sample(64, 2, "train", seed=1)
     config = ppo.Config(
         iterations=2,

@@ -36,7 +36,8 @@ def test_gradient_is_autograd_of_the_expected_reward():
 @pytest.mark.equation("eq:gradient-variance")
 @pytest.mark.parametrize("baseline", [0.0, 1.1, 3.0])
 def test_gradient_variance_is_that_of_samples(baseline):
-    """Oracle: the empirical variance of 400,000 one-sample estimates whose scores autograd computes."""
+    """Oracle: the empirical variance of 400,000 one-sample estimates whose scores autograd
+    computes."""
     bandit = GaussianBandit(MEANS, noise_std=0.7)
     g = generator(1)
     scores = torch.stack(
@@ -74,7 +75,8 @@ def test_same_seed_same_world():
 
 
 def rayleigh_quadrature(weights):
-    """E max_a w_a·x by integrating over 100,000 directions; the mean length of a planar normal is √(π/2)."""
+    """E max_a w_a·x by integrating over 100,000 directions; the mean length of a planar normal is
+    √(π/2)."""
     angles = np.linspace(0, 2 * np.pi, 100_000, endpoint=False)
     directions = np.stack([np.cos(angles), np.sin(angles)])
     return (weights @ directions).max(0).mean() * math.sqrt(math.pi / 2)
@@ -92,7 +94,8 @@ def test_linear_optimum_is_the_integral_over_directions(arms):
 
 @pytest.mark.equation("eq:linear-optimum")
 def test_linear_optimum_where_it_is_known():
-    """Oracle: two opposite arms earn E|x| = √(2/π); two equal arms 0; three on a line, as their ends."""
+    """Oracle: two opposite arms earn E|x| = √(2/π); two equal arms 0; three on a line, as their
+    ends."""
     opposite = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64)
     assert LinearBandit(opposite).optimal_value() == pytest.approx(math.sqrt(2 / math.pi))
     assert LinearBandit(opposite[[0, 0]]).optimal_value() == pytest.approx(0.0)

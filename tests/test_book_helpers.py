@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from markdown_it import MarkdownIt
 
 from rlhf_helpers import settings
 from rlhf_helpers.book import claims, notebook, plots, show_source
@@ -68,7 +69,8 @@ def test_show_source_refuses_code_that_is_not_tested_here():
 
 
 def test_interval_covers_the_mean_as_often_as_it_says():
-    """Oracle: coverage over 4,000 repetitions of five normal runs is 95 % within five binomial errors."""
+    """Oracle: coverage over 4,000 repetitions of five normal runs is 95 % within five binomial
+    errors."""
     runs = np.random.default_rng(0).normal(3.0, 2.0, size=(5, 4000))
     _, low, high = plots.interval(runs)
     covered = ((low < 3.0) & (high > 3.0)).mean()
@@ -79,3 +81,39 @@ def test_interval_needs_three_runs():
     """Oracle: the message."""
     with pytest.raises(ValueError, match="three or more"):
         plots.interval(torch.zeros(2, 4))
+
+
+def shown(monkeypatch, *arguments):
+    """The Markdown that `table` displays."""
+    texts = []
+    monkeypatch.setattr(notebook, "display", lambda markdown: texts.append(markdown.data))
+    notebook.table(*arguments)
+    (text,) = texts
+    return text
+
+
+def test_a_table_has_its_rows_under_its_columns(monkeypatch):
+    """Oracle: a Markdown parser that this code does not use, cell by cell."""
+    rows = [["DPO", f"{1.5:.2f}", ""], ["KL(π|π_ref)", 3, "two\nlines"]]
+    text = shown(monkeypatch, rows, ["", "loss", "note"], "Recorded, five seeds.")
+    tokens = MarkdownIt("commonmark").enable("table").parse(text)
+    cells = [t.content for t in tokens if t.type == "inline"]
+    assert cells == [
+        "Recorded, five seeds.",
+        *["", "loss", "note"],
+        *["DPO", "1.50", ""],
+        *["KL(π|π_ref)", "3", "two lines"],
+    ]
+
+
+def test_a_table_without_a_title_is_the_table_alone(monkeypatch):
+    assert shown(monkeypatch, [[1, 2]], ["a", "b"]) == "| a | b |\n|---|---|\n| 1 | 2 |\n"
+
+
+def test_a_row_that_does_not_fit_is_named(monkeypatch):
+    with pytest.raises(ValueError, match=r"rows\[1\] has 1 cells for 2 columns"):
+        notebook.table([[1, 2], [3]], ["a", "b"])
+
+
+def test_a_brief_text_is_one_line_that_fits_a_cell():
+    assert notebook.brief("one |\n two  three", 9) == "one / two"

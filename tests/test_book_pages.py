@@ -1,12 +1,16 @@
-"""The pages built from the stored outputs: no warning, nothing missing, nothing broken, nothing from elsewhere."""
+"""The pages built from the stored outputs: no warning, nothing missing, nothing broken, nothing
+from elsewhere."""
 
 import subprocess
 
+import build_api
 import build_equations
 import build_status
 import check_pages
 import nbrun
 import pytest
+
+pytestmark = pytest.mark.pages
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +32,9 @@ def test_the_footer_names_version_and_day(html):
     )
 
 
-@pytest.mark.parametrize("builder", [build_equations, build_status], ids=["equations", "status"])
+@pytest.mark.parametrize(
+    "builder", [build_api, build_equations, build_status], ids=["api", "equations", "status"]
+)
 def test_the_built_sources_are_current(builder):
     name = builder.__name__.removeprefix("build_")
     stored = (nbrun.ROOT / "book" / f"{name}.md").read_text(encoding="utf-8")

@@ -261,7 +261,10 @@ Pair = namedtuple("Pair", "a b")
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({"policy": [0, 1, 2, {4}]}, r"state\['policy'\]\[3\] is a set; make it a dict, .* tensor$"),
+        (
+            {"policy": [0, 1, 2, {4}]},
+            r"state\['policy'\]\[3\] is a set; make it a dict, .* tensor$",
+        ),
         ({"policy": {7: (nn.Linear(1, 1),)}}, r"state\['policy'\]\[7\]\[0\] is a Linear"),
         ({"pair": Pair(1, 2)}, r"state\['pair'\] is a Pair"),
         ({"path": Path("x")}, r"state\['path'\] is a PosixPath"),
@@ -269,13 +272,19 @@ Pair = namedtuple("Pair", "a b")
         ({"raw": b"x"}, r"state\['raw'\] is a bytes"),
         ({"a": {(1, 2): 3}}, r"state\['a'\] has the key \(1, 2\); keys must be str or int"),
         ({"a": {True: 3}}, r"state\['a'\] has the key True; keys must be str or int"),
-        ({"z": torch.zeros(1, dtype=torch.complex64)}, r"state\['z'\] is a tensor of torch.complex64"),
-        ({"z": [torch.eye(2).to_sparse()]}, r"state\['z'\]\[0\] .* torch.sparse_coo, .*make it a dense"),
+        (
+            {"z": torch.zeros(1, dtype=torch.complex64)},
+            r"state\['z'\] is a tensor of torch.complex64",
+        ),
+        (
+            {"z": [torch.eye(2).to_sparse()]},
+            r"state\['z'\]\[0\] .* torch.sparse_coo, .*make it a dense",
+        ),
         ({"z": torch.zeros(1, device="meta")}, r"state\['z'\] is a tensor of .* on meta"),
         ({"text": "\ud800"}, "surrogates not allowed"),
         ([1], None),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_saved_is_named_before_anything_is_written(tmp_path, state, message):
     """Oracle: the specification; a list alone is a state like any other."""
     if message is None:
@@ -362,7 +371,8 @@ OTHERS = [
 
 @pytest.mark.parametrize(("identity", "message"), OTHERS)
 def test_another_run_is_refused_by_what_differs(tmp_path, identity, message):
-    """Oracle: the specification; the other run is left as it was, with and without loading first."""
+    """Oracle: the specification; the other run is left as it was, with and without loading
+    first."""
     fill(tmp_path, 1, 2)
     with pytest.raises(ValueError, match=rf"{tmp_path} are of another run: {message}"):
         load(tmp_path, identity)
@@ -484,9 +494,12 @@ def a_later_format(path):
         (another_program, "its state.json is damaged, or of another program"),
         (brackets, "its state.json is damaged, or of another program"),
         (a_copy_of_the_one_before, "its state.json is of step 1"),
-        (a_later_format, "its format is '.* 2', and this code reads 'rlhf_helpers checkpoint, v.* 1'"),
+        (
+            a_later_format,
+            "its format is '.* 2', and this code reads 'rlhf_helpers checkpoint, v.* 1'",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_checkpoint_is_refused_and_the_run_goes_on(tmp_path, damage, message):
     """Oracle: the specification; what was refused is set aside under another name, not deleted,
     and a second one beside it."""
@@ -860,6 +873,7 @@ def result(process):
     return json.loads(output)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_weights(tmp_path):
     """Oracle: the same run without checkpoints and without kills, to the bit. One kill hits a fresh
     process, sixteen hit copies of another at random moments, in torn writes and around renames; the

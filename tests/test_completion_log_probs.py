@@ -46,7 +46,8 @@ def assert_same_gradients(model, found, expected, tolerance=1e-12):
 
 
 def precision(name, group):
-    """These families normalise in float32 even in a float64 model, so that a sum over a group rounds elsewhere."""
+    """These families normalise in float32 even in a float64 model, so that a sum over a group
+    rounds elsewhere."""
     return 1e-6 if name in ("llama", "qwen2") and group > 1 else 1e-12
 
 
@@ -55,7 +56,8 @@ def precision(name, group):
 @pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("name", FIVE)
 def test_a_batch_gives_the_values_and_gradients_of_each_sequence_alone(name, padded, group):
-    """Oracle: one sequence at a time, unpadded, through the whole model and log_softmax; its plain autograd."""
+    """Oracle: one sequence at a time, unpadded, through the whole model and log_softmax; its plain
+    autograd."""
     model = build(name, torch.float64)
     tokens, mask = batch(padded)
     found = completion_log_probs(model, tokens, mask, C, samples_per_prompt=group)
@@ -158,7 +160,8 @@ def test_no_tensor_holds_all_logits_forward_or_backward(temperature, group):
 
 
 def test_the_logits_of_one_chunk_are_kept_for_the_backward_pass():
-    """Oracle: the sizes of all logits that autograd saves; the output embedding's weight is longer than a chunk."""
+    """Oracle: the sizes of all logits that autograd saves; the output embedding's weight is longer
+    than a chunk."""
     vocabulary, chunk, saved = 211, 4, {}
     model = build("gpt2", vocab_size=vocabulary)
     tokens, mask = batch(padded=False, vocabulary=vocabulary)
@@ -239,7 +242,8 @@ def test_an_adapter_counts_and_can_be_switched_off(name, group, extra):
 @pytest.mark.parametrize("group", [1, GROUP])
 @pytest.mark.parametrize("spread", [0.4, 0.02])
 def test_a_model_that_caps_its_logits_is_scored_with_the_cap(spread, group):
-    """Oracle: one sequence at a time through the whole model; after training, too, where the logits are large."""
+    """Oracle: one sequence at a time through the whole model; after training, too, where the logits
+    are large."""
     model = build("gemma2", spread=spread)
     tokens, mask = batch()
     completion_log_probs(model, tokens, mask, C)
@@ -288,7 +292,8 @@ def test_half_precision_is_scored_in_float32():
 
 
 def test_mode_random_state_and_inputs_are_left_as_they_were():
-    """Oracle: copies from before; dropout is on, and some submodules are in another mode than the model."""
+    """Oracle: copies from before; dropout is on, and some submodules are in another mode than the
+    model."""
     model = build("gpt2").train()
     model.transformer.h[1].eval()
     modes = [module.training for module in model.modules()]
@@ -304,7 +309,8 @@ def test_mode_random_state_and_inputs_are_left_as_they_were():
 
 
 def test_equal_to_trl_without_padding():
-    """Oracle: trl.trainer.utils.selective_log_softmax on the model's logits, and add_fused_lm_head's log-probs."""
+    """Oracle: trl.trainer.utils.selective_log_softmax on the model's logits, and
+    add_fused_lm_head's log-probs."""
     utils = pytest.importorskip("trl.trainer.utils")
     model = build("gpt2")
     tokens, mask = batch(padded=False)

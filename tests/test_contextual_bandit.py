@@ -33,13 +33,15 @@ def rollout(runs=1, size=32, spread=0.5, seed=0):
 
 @pytest.mark.parametrize("method", cb.METHODS)
 def test_every_method_learns(method):
-    """Oracle: the optimum: at least 60 % of the distance from the uniform policy (reward 0) is covered in each run."""
+    """Oracle: the optimum: at least 60 % of the distance from the uniform policy (reward 0) is
+    covered in each run."""
     _, history = learn(method=method)
     assert history[-1].reward.min() > 0.6 * BANDIT.optimal_value()
 
 
 def test_first_ratio_is_one():
-    """Oracle: log-probabilities recomputed by torch.distributions for the policy that has not moved yet."""
+    """Oracle: log-probabilities recomputed by torch.distributions for the policy that has not moved
+    yet."""
     policy, batch = rollout(runs=2)
     distribution = torch.distributions.Categorical(
         logits=torch.einsum("rkd,rnd->rnk", policy, batch.contexts)
@@ -57,7 +59,8 @@ def test_advantages_are_whitened_run_by_run():
 
 
 def test_runs_do_not_feel_each_other():
-    """Oracle: the update of one run alone, computed from its own part of the batch (SGD, so scale shows)."""
+    """Oracle: the update of one run alone, computed from its own part of the batch (SGD, so scale
+    shows)."""
     policy, batch = rollout(runs=3)
     together = policy.clone().requires_grad_()
     cb.ppo_clip_update(together, torch.optim.SGD([together], lr=3.0), batch, clip=0.2)
@@ -68,7 +71,8 @@ def test_runs_do_not_feel_each_other():
 
 
 def test_first_steps_of_all_gradient_methods_agree():
-    """Oracle: at ratio 1 the three losses have one gradient, REINFORCE's; the norm in Metrics is its length."""
+    """Oracle: at ratio 1 the three losses have one gradient, REINFORCE's; the norm in Metrics is
+    its length."""
     policy, batch = rollout()
     moved = []
     for step in (
@@ -110,7 +114,8 @@ def test_minibatches_cut_the_rollout_without_loss():
 
 @pytest.mark.equation("eq:trpo-step")
 def test_full_trpo_step_is_the_natural_gradient_of_length_delta():
-    """Oracle: the explicit Fisher matrix E[∇log π ∇log πᵀ] (summed over all arms) and a dense linear solve."""
+    """Oracle: the explicit Fisher matrix E[∇log π ∇log πᵀ] (summed over all arms) and a dense
+    linear solve."""
     policy, batch = rollout()
     x, probs = batch.contexts[0], batch.old_logits[0].softmax(-1)
     fisher = torch.zeros(16, 16, dtype=torch.float64)
@@ -121,7 +126,8 @@ def test_full_trpo_step_is_the_natural_gradient_of_length_delta():
         ).reshape(8, 16)
         fisher += scores.T @ (probs[n].unsqueeze(1) * scores) / len(x)
         gradient += batch.advantages[0, n] * scores[batch.actions[0, n]] / len(x)
-    delta = 1e-6  # so small that the quadratic model is the KL, and the line search accepts or halves once
+    # so small that the quadratic model is the KL, and the line search accepts or halves once
+    delta = 1e-6
     direction = torch.linalg.solve(fisher + 1e-3 * torch.eye(16, dtype=torch.float64), gradient)
     full = direction * math.sqrt(2 * delta / (direction @ (fisher @ direction + 1e-3 * direction)))
     moved = policy.clone().requires_grad_()
@@ -207,7 +213,8 @@ def test_penalty_coefficient_steers_the_kl_towards_its_target():
 
 
 def test_metrics_are_what_they_say():
-    """Oracle: torch.distributions on the held-out contexts and on what the last rollout must have been."""
+    """Oracle: torch.distributions on the held-out contexts and on what the last rollout must have
+    been."""
     policy, history = learn(iterations=1, method="ppo_clip", epochs=3, learning_rate=0.3)
     held_out = BANDIT.contexts(1000, generator=torch.Generator().manual_seed(cb.HELD_OUT_SEED))
     new = torch.distributions.Categorical(logits=torch.einsum("rkd,nd->rnk", policy, held_out))

@@ -1,5 +1,6 @@
-"""Counted costs: parameters and bytes against real models and a real AdamW, operations against torch's counter on
-this package's own loops, activations against what autograd keeps, the peak against the allocator."""
+"""Counted costs: parameters and bytes against real models and a real AdamW, operations against
+torch's counter on this package's own loops, activations against what autograd keeps, the peak
+against the allocator."""
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ def started(method, batch, rank=0, kl=True, **changes):
     return module, run, config, options
 
 
-# --- memory ----------------------------------------------------------------------------------------
+# --- memory --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -112,7 +113,8 @@ def storage_bytes(*modules):
 @pytest.mark.parametrize("rank", [0, 4])
 @pytest.mark.parametrize(("method", "kl"), [("ppo", True), ("grpo", True), ("grpo", False)])
 def test_what_is_held_is_what_a_run_holds(method, kl, rank):
-    """Oracle: bytes of the parameters of a real run, of their gradients, and of AdamW's state after a step."""
+    """Oracle: bytes of the parameters of a real run, of their gradients, and of AdamW's state after
+    a step."""
     _, run, config, _ = started(method, BATCH, rank, kl)
     found = costs.memory(config, method, BATCH, rank, kl)
     if run.reference is not None:
@@ -181,7 +183,8 @@ def saved_bytes(compute, model, width=None):
 @pytest.mark.parametrize("rank", [0, 4])
 @pytest.mark.parametrize(("method", "group"), [("sft", 4), ("grpo", 4), ("grpo", 1)])
 def test_activations_are_what_autograd_keeps(method, group, rank, activation):
-    """Oracle: the storages that the forward pass saves. 0.5 %: indices and masks are not counted."""
+    """Oracle: the storages that the forward pass saves. 0.5 %: indices and masks are not
+    counted."""
     model, config = small(rank, n_embd=128, n_head=16, activation_function=activation)
     batch = BATCH._replace(group=group, new_tokens=16)
     tokens = tokens_of(batch)
@@ -251,8 +254,9 @@ def test_the_peak_of_the_logits_is_counted_with_their_gradient(at_once):
 
 @pytest.mark.parametrize("method", ["ppo", "grpo"])
 def test_the_peak_of_an_update_is_what_is_counted(method):
-    """Oracle: the allocator, above the models and moments. It needs less, since the last gradients come when most
-    activations are gone, and up to two pieces of 4 MiB more, in which log-probabilities are computed."""
+    """Oracle: the allocator, above the models and moments. It needs less, since the last gradients
+    come when most activations are gone, and up to two pieces of 4 MiB more, in which
+    log-probabilities are computed."""
     batch = Batch(prompts=8, group=4, prompt_tokens=16, new_tokens=16)
     changes = {"n_embd": 128, "n_layer": 6, "vocab_size": 2000}
     module, run, config, options = started(method, batch, **changes)
@@ -275,7 +279,7 @@ def test_the_peak_of_an_update_is_what_is_counted(method):
     assert 0.8 < share < 1 + 2 * 2**22 / counted
 
 
-# --- operations ------------------------------------------------------------------------------------
+# --- operations ----------------------------------------------------------------------------------
 
 
 def operations(compute):
@@ -289,7 +293,8 @@ def operations(compute):
 @pytest.mark.parametrize("group", [1, 4])
 @pytest.mark.parametrize("at_once", [1024, 7, 6])
 def test_operations_of_a_pass(group, new, at_once, rank):
-    """Oracle: torch's counter, to the last operation; attention that is not fused, since that is counted."""
+    """Oracle: torch's counter, to the last operation; attention that is not fused, since that is
+    counted."""
     model, config = small(rank, "eager")
     batch = Batch(3, 4, 10, new, at_once=at_once)
     tokens = tokens_of(batch)
@@ -305,7 +310,8 @@ def test_operations_of_a_pass(group, new, at_once, rank):
 @pytest.mark.parametrize("rank", [0, 4])
 @pytest.mark.parametrize(("method", "kl"), [("ppo", True), ("grpo", True), ("grpo", False)])
 def test_operations_of_an_iteration(method, kl, rank):
-    """Oracle: torch's counter on what the loop does: sampling, reference and values, two passes of updates."""
+    """Oracle: torch's counter on what the loop does: sampling, reference and values, two passes of
+    updates."""
     batch = BATCH._replace(epochs=2)
     module, run, config, options = started(method, batch, rank, kl, attention="eager")
     before, collected = operations(lambda: module.collect(run, texts(batch), judge, options))
@@ -353,8 +359,8 @@ def test_operations_of_fine_tuning():
 
 
 def test_gpt2_costs_what_is_known_of_it():
-    """Oracle: by hand, 2 · (85.0 M + 768 · 50,257) = 247 M operations a token without attention; 72 KiB of keys and
-    values a token; 196 KiB of logits a token; 16 bytes a trained number."""
+    """Oracle: by hand, 2 · (85.0 M + 768 · 50,257) = 247 M operations a token without attention; 72
+    KiB of keys and values a token; 196 KiB of logits a token; 16 bytes a trained number."""
     config = GPT2Config()
     alone = Batch(1, 1, 1, 1)
     attention = 4 * 768 * 12
@@ -365,7 +371,7 @@ def test_gpt2_costs_what_is_known_of_it():
     assert found.policy + found.gradients + found.moments == 16 * 124_439_808
 
 
-# --- refusals --------------------------------------------------------------------------------------
+# --- refusals ------------------------------------------------------------------------------------
 
 
 def test_what_cannot_be_counted_is_refused():

@@ -1,4 +1,5 @@
-"""The language that can be listed: against plain loops over all sequences and all draws, closed forms and autograd."""
+"""The language that can be listed: against plain loops over all sequences and all draws, closed
+forms and autograd."""
 
 import itertools
 import math
@@ -62,7 +63,8 @@ def prefixes(vocabulary, length):
 
 @pytest.mark.parametrize(("vocabulary", "length"), SIZES)
 def test_all_sequences_are_listed_once_and_in_order(vocabulary, length):
-    """Oracle: all strings of L tokens, cut after the first 0 and sorted, with the states as tuples."""
+    """Oracle: all strings of L tokens, cut after the first 0 and sorted, with the states as
+    tuples."""
     language = world.language(vocabulary, length)
     rows, states = listed(vocabulary, length), prefixes(vocabulary, length)
     assert language.num_states == len(states)
@@ -89,7 +91,8 @@ def test_the_size_of_the_book_s_language():
 
 @pytest.mark.parametrize(("vocabulary", "length"), SIZES)
 def test_numbers_follow_the_documented_rule(vocabulary, length):
-    """Oracle: the tuples: a state with one token more is the number (V − 1)·s + a among states and whole sequences."""
+    """Oracle: the tuples: a state with one token more is the number (V − 1)·s + a among states and
+    whole sequences."""
     states, rows = prefixes(vocabulary, length), listed(vocabulary, length)
     for number, state in enumerate(states):
         for token in range(1, vocabulary):
@@ -158,7 +161,8 @@ def one_by_one(logits, vocabulary, length):
 
 @pytest.mark.parametrize(("vocabulary", "length"), SIZES[:-1])
 def test_a_table_s_sequences(vocabulary, length):
-    """Oracle: a loop over tokens in every sequence; value, and the gradient of a random sum by autograd of the loop."""
+    """Oracle: a loop over tokens in every sequence; value, and the gradient of a random sum by
+    autograd of the loop."""
     language = world.language(vocabulary, length)
     logits = table(language).requires_grad_()
     found, expected = (
@@ -175,7 +179,8 @@ def test_a_table_s_sequences(vocabulary, length):
 
 
 def test_a_token_can_be_impossible():
-    """Oracle: the loop over tokens; a sequence with the token has no probability, and no gradient is NaN."""
+    """Oracle: the loop over tokens; a sequence with the token has no probability, and no gradient
+    is NaN."""
     language = world.language(4, 3)
     logits = table(language)
     logits[:, 2] = -math.inf
@@ -214,7 +219,8 @@ def test_a_model_s_table_is_that_of_each_state_alone(name, vocabulary, length):
 
 @pytest.mark.parametrize("adapter", [False, True])
 def test_a_model_s_sequences_are_scored_as_completions(adapter):
-    """Oracle: completion_log_probs of every sequence after the prompt, value and gradient; and the sum of all probabilities."""
+    """Oracle: completion_log_probs of every sequence after the prompt, value and gradient; and the
+    sum of all probabilities."""
     language = world.language(5, 3)
     model = world.small_gpt2(5, 3, layers=2).double()
     if adapter:
@@ -246,7 +252,8 @@ def test_a_model_s_sequences_are_scored_as_completions(adapter):
 
 
 def test_sampled_sequences_have_their_exact_probabilities():
-    """Oracle: a chi-square test of 20,000 samples; sequences expected less than 40 times are taken together."""
+    """Oracle: a chi-square test of 20,000 samples; sequences expected less than 40 times are taken
+    together."""
     language, count = world.language(4, 3), 20_000
     model = world.small_gpt2(4, 3, seed=3)
     with torch.no_grad():
@@ -276,7 +283,8 @@ def test_sampled_sequences_have_their_exact_probabilities():
 
 
 def test_the_small_model_is_random_but_repeatable():
-    """Oracle: the same seed, another seed, the state of the global generator, and the entropy of the table."""
+    """Oracle: the same seed, another seed, the state of the global generator, and the entropy of
+    the table."""
     language = world.language(6, 4)
     torch.manual_seed(7)
     before = torch.get_rng_state()
@@ -294,7 +302,8 @@ def test_the_small_model_is_random_but_repeatable():
 
 
 def test_the_spread_is_that_of_the_logits():
-    """Oracle: the standard deviation of the logits over states, tokens and 20 seeds; without spread all tokens are alike."""
+    """Oracle: the standard deviation of the logits over states, tokens and 20 seeds; without spread
+    all tokens are alike."""
     language = world.language(6, 4)
     with torch.no_grad():
         logits = [
@@ -310,7 +319,8 @@ def test_the_spread_is_that_of_the_logits():
 
 
 def expected_rest(probs, rewards, paid, rows, states, start, token=None):
-    """Expected sum of the rewards after the state `start` (and the given token), by a loop over all sequences."""
+    """Expected sum of the rewards after the state `start` (and the given token), by a loop over all
+    sequences."""
     total = 0.0
     for row, reward in zip(rows, rewards, strict=True):
         depth = len(start)
@@ -329,7 +339,8 @@ def expected_rest(probs, rewards, paid, rows, states, start, token=None):
 @pytest.mark.parametrize("with_token_rewards", [False, True])
 @pytest.mark.parametrize(("vocabulary", "length"), [(2, 1), (2, 3), (3, 2), (4, 3)])
 def test_values_are_expectations(vocabulary, length, with_token_rewards):
-    """Oracle: the definition, by a loop over all sequences that go on from the state, in plain Python."""
+    """Oracle: the definition, by a loop over all sequences that go on from the state, in plain
+    Python."""
     language = world.language(vocabulary, length)
     logits, rewards = table(language), normal(len(language.tokens), seed=1)
     paid = table(language, seed=2) if with_token_rewards else torch.zeros_like(logits)
@@ -344,7 +355,8 @@ def test_values_are_expectations(vocabulary, length, with_token_rewards):
 
 
 def test_advantages_give_the_policy_gradient():
-    """Oracle: the policy-gradient theorem: autograd of Σ π(y)·r(y) is P(s)·π(a|s)·A(s, a), with P(s) counted from the sequences."""
+    """Oracle: the policy-gradient theorem: autograd of Σ π(y)·r(y) is P(s)·π(a|s)·A(s, a), with
+    P(s) counted from the sequences."""
     language = world.language(4, 3)
     logits, rewards = table(language).requires_grad_(), normal(len(language.tokens), seed=1)
     probs = world.sequence_log_probs(logits, language).exp()
@@ -359,7 +371,8 @@ def test_advantages_give_the_policy_gradient():
 
 
 def test_the_price_of_the_log_ratios_makes_the_regularised_objective():
-    """Oracle: regularised_objective: with −β·log(π/π_ref) paid a token, the value of the empty state is J, gradient included."""
+    """Oracle: regularised_objective: with −β·log(π/π_ref) paid a token, the value of the empty
+    state is J, gradient included."""
     language, beta = world.language(4, 3), 0.3
     logits, reference = table(language).requires_grad_(), table(language, seed=3).log_softmax(-1)
     rewards = normal(len(language.tokens), seed=1)
@@ -381,7 +394,8 @@ def test_the_price_of_the_log_ratios_makes_the_regularised_objective():
 @pytest.mark.equation("eq:log-partition")
 @pytest.mark.equation("eq:regularised-objective")
 def test_two_sequences_by_hand():
-    """Oracle: by hand: with r/β = log 3 a fair coin becomes 3/4 to 1/4, Z is 2, and J is β·log 2 at the optimum."""
+    """Oracle: by hand: with r/β = log 3 a fair coin becomes 3/4 to 1/4, Z is 2, and J is β·log 2 at
+    the optimum."""
     reference, beta = double([0.5, 0.5]).log(), 0.2
     rewards = double([beta * math.log(3), 0.0])
     optimum = world.optimal_policy(reference, rewards, beta)
@@ -398,7 +412,8 @@ def test_two_sequences_by_hand():
 @pytest.mark.equation("eq:log-partition")
 @pytest.mark.parametrize("beta", [0.01, 0.5, 100.0])
 def test_optimum_in_plain_python(beta):
-    """Oracle: exact rational weights would overflow at β = 0.01, so: logs in Python floats, with the largest taken out."""
+    """Oracle: exact rational weights would overflow at β = 0.01, so: logs in Python floats, with
+    the largest taken out."""
     reference, rewards = policy(), 10 * normal(8, seed=1)
     exponents = [p + r / beta for p, r in zip(reference.tolist(), rewards.tolist(), strict=True)]
     largest = max(exponents)
@@ -431,7 +446,8 @@ def test_objective_in_plain_python():
 @pytest.mark.equation("eq:regularised-objective")
 @pytest.mark.parametrize("beta", [0.1, 1.0])
 def test_no_policy_is_better_than_the_optimum(beta):
-    """Oracle: 10,000 random policies, near and far; each falls short by exactly β·KL(π‖π*), computed by torch.distributions."""
+    """Oracle: 10,000 random policies, near and far; each falls short by exactly β·KL(π‖π*),
+    computed by torch.distributions."""
     reference, rewards = policy(30), normal(30, seed=1)
     optimum = world.optimal_policy(reference, rewards, beta)
     best = beta * world.log_partition(reference, rewards, beta)
@@ -453,7 +469,8 @@ def test_no_policy_is_better_than_the_optimum(beta):
 @pytest.mark.equation("eq:optimal-policy")
 @pytest.mark.equation("eq:regularised-objective")
 def test_the_optimum_satisfies_the_lagrange_condition():
-    """Oracle: autograd: ∂J/∂π(y) is the same number for all y at π*, that is β·log Z − β, and differs elsewhere."""
+    """Oracle: autograd: ∂J/∂π(y) is the same number for all y at π*, that is β·log Z − β, and
+    differs elsewhere."""
     reference, rewards, beta = policy(), normal(8, seed=1), 0.4
 
     def slopes(log_probs):
@@ -525,7 +542,8 @@ def test_gradients():
 @pytest.mark.equation("eq:optimal-policy")
 @pytest.mark.equation("eq:regularised-objective")
 def test_what_the_reference_cannot_produce():
-    """Oracle: the same problem without the impossible sequence; a policy that gives it mass pays infinitely."""
+    """Oracle: the same problem without the impossible sequence; a policy that gives it mass pays
+    infinitely."""
     smaller, rewards = policy(4), normal(5, seed=1)
     reference = torch.cat([smaller, double([-math.inf])])
     optimum = world.optimal_policy(reference, rewards, 0.5)
@@ -540,7 +558,8 @@ def test_what_the_reference_cannot_produce():
 
 
 def test_divergence_of_distributions():
-    """Oracle: scipy.stats.entropy(p, q), with a zero in p and one in q; and exact_kl of the same numbers as logits."""
+    """Oracle: scipy.stats.entropy(p, q), with a zero in p and one in q; and exact_kl of the same
+    numbers as logits."""
     p, q = double([0.5, 0.5, 0.0, 0.0]), double([0.25, 0.25, 0.5, 0.0])
     found = world.kl(p.log(), q.log())
     assert found.item() == pytest.approx(entropy(p.numpy(), q.numpy()))
@@ -574,7 +593,8 @@ def by_all_draws(probs, scores, n):
     "scores", [[3, 1, 2, 0, 5], [1, 0, 1, 0, 1], [2, 2, 2, 2, 2], [0, 1, 1, 2, 0]]
 )
 def test_best_of_n_is_that_of_all_draws(scores, n):
-    """Oracle: all 5^n draws in exact fractions, each best one drawn sharing the draw's probability."""
+    """Oracle: all 5^n draws in exact fractions, each best one drawn sharing the draw's
+    probability."""
     probs = [Fraction(k, 16) for k in (5, 1, 4, 2, 4)]
     found = world.best_of_n(double([float(p) for p in probs]).log(), double(scores), n)
     expected = double([float(p) for p in by_all_draws(probs, scores, n)])
@@ -584,7 +604,8 @@ def test_best_of_n_is_that_of_all_draws(scores, n):
 @pytest.mark.equation("eq:best-of-n")
 @pytest.mark.parametrize("n", [1, 100, 10_000, 10**9])
 def test_best_of_very_many(n):
-    """Oracle: F(s)^n − F(s−)^n in exact fractions of probabilities from 2^-60 to 1/2 for n ≤ 10,000; beyond, π·n for the rarest."""
+    """Oracle: F(s)^n − F(s−)^n in exact fractions of probabilities from 2^-60 to 1/2 for n ≤
+    10,000; beyond, π·n for the rarest."""
     exact = [Fraction(1, 2**k) for k in (1, 2, 3, 10, 20, 40, 60)]
     exact.append(1 - sum(exact))
     scores = [0, 1, 2, 4, 3, 5, 6, 1.5]
@@ -607,7 +628,8 @@ def test_best_of_very_many(n):
 
 @pytest.mark.equation("eq:best-of-n")
 def test_best_of_n_keeps_its_distance_below_the_known_bound():
-    """Oracle: KL(best of n‖π) ≤ log n − (n − 1)/n, reached as ever more equally likely sequences are ranked."""
+    """Oracle: KL(best of n‖π) ≤ log n − (n − 1)/n, reached as ever more equally likely sequences
+    are ranked."""
     for n in (2, 4, 16):
         bound = math.log(n) - (n - 1) / n
         for log_probs in (policy(20), 3 * policy(20)):
@@ -641,7 +663,8 @@ def test_best_of_n_with_impossible_sequences_and_in_single_precision():
 
 
 def test_pairs_are_two_samples_that_differ():
-    """Oracle: a chi-square test of 50,000 pairs against π(a)·π(b), scaled to the pairs with a ≠ b."""
+    """Oracle: a chi-square test of 50,000 pairs against π(a)·π(b), scaled to the pairs with a ≠
+    b."""
     log_probs, count = double([0.6, 0.2, 0.15, 0.05]).log(), 50_000
     torch.manual_seed(7)
     before = torch.get_rng_state()
@@ -660,7 +683,8 @@ def test_pairs_are_two_samples_that_differ():
 
 
 def test_labels_follow_bradley_and_terry():
-    """Oracle: shares of 40,000 labels a pair, within four standard errors of 1/(1 + exp(u_2 − u_1))."""
+    """Oracle: shares of 40,000 labels a pair, within four standard errors of 1/(1 + exp(u_2 −
+    u_1))."""
     utilities, count = double([0.0, 1.0, -2.0]), 40_000
     for a, b in [(0, 1), (1, 0), (1, 2), (2, 2)]:
         first, second = (torch.full((count,), each) for each in (a, b))
@@ -672,7 +696,8 @@ def test_labels_follow_bradley_and_terry():
 
 
 def test_utilities_are_standard_normal_and_repeatable():
-    """Oracle: moments of 781 numbers within four standard errors; and the distance from the optimum that is promised."""
+    """Oracle: moments of 781 numbers within four standard errors; and the distance from the optimum
+    that is promised."""
     language = world.language(6, 4)
     for seed in range(3):
         utilities = world.utilities(language, seed)
@@ -687,7 +712,8 @@ def test_utilities_are_standard_normal_and_repeatable():
 
 
 def test_structured_utilities_are_sums_over_neighbours():
-    """Oracle: least squares on counts of neighbouring tokens, which explain the share of the variance that is asked for."""
+    """Oracle: least squares on counts of neighbouring tokens, which explain the share of the
+    variance that is asked for."""
     language = world.language(6, 4)
     counts = torch.zeros(781, 36, dtype=torch.float64)
     for y, (row, mask) in enumerate(zip(language.tokens, language.mask, strict=True)):

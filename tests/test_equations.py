@@ -1,11 +1,15 @@
-"""Every labelled equation has one place, a function and a test with an oracle; and the check that says so can fail."""
+"""Every labelled equation has one place, a function and a test with an oracle; and the check that
+says so can fail."""
 
 import build_equations
 import pytest
 
 PAGE = "# Page\n\n$$\nx = 1\n$$ (eq:one)\n"
 MODULE = '"""m"""\n\n\ndef one():\n    """One.\n\n    Equation: eq:one\n    """\n'
-TEST = 'import pytest\n\n\n@pytest.mark.equation("eq:one")\ndef test_one():\n    """Oracle: counting."""\n'
+TEST = (
+    'import pytest\n\n\n@pytest.mark.equation("eq:one")\ndef test_one():\n    """Oracle:'
+    ' counting."""\n'
+)
 
 
 def test_every_equation_is_displayed_once_implemented_and_tested():
@@ -16,6 +20,7 @@ def test_every_equation_is_displayed_once_implemented_and_tested():
 def book(tmp_path):
     """The smallest book: one equation, one function, one test."""
     for name, text in {
+        "_toc.yml": "root: book/page\n",
         "book/page.md": PAGE,
         "rlhf_helpers/losses.py": MODULE,
         "tests/test_one.py": TEST,

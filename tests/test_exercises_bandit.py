@@ -1,4 +1,5 @@
-"""The exercises of chapter 01: the stub, a right answer and each typical mistake get the verdict they deserve."""
+"""The exercises of bandit: the stub, a right answer and each typical mistake get the verdict
+they deserve."""
 
 import pytest
 import torch
@@ -98,7 +99,8 @@ LOSSES = {
 
 @pytest.mark.parametrize("expected", LOSSES)
 def test_policy_gradient_loss(capsys, expected):
-    """Oracle: the verdict that the exercise promises; only gradients count, so an added constant stays right."""
+    """Oracle: the verdict that the exercise promises; only gradients count, so an added constant
+    stays right."""
     assert expected in verdict(capsys, checks.check_policy_gradient_loss, LOSSES[expected])
 
 

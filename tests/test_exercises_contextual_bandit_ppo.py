@@ -1,4 +1,4 @@
-"""The checks of chapter 02: stub, right answer, and each typical mistake."""
+"""The checks of contextual_bandit_ppo: stub, right answer, and each typical mistake."""
 
 import itertools
 import re

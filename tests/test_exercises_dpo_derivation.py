@@ -1,4 +1,4 @@
-"""The checks of chapter 08: stub, right answer, and each typical mistake."""
+"""The checks of dpo_derivation: stub, right answer, and each typical mistake."""
 
 import math
 
@@ -68,26 +68,74 @@ def test_right_answer(capsys, check, answer):
     ("check", "answer", "message"),
     [
         (checks.check_best_policy, lambda p, r, b: p * torch.exp(r / b), "divide by the sum"),
-        (checks.check_best_policy, lambda p, r, b: best_policy(torch.ones(3), r, b), "reference is missing"),
-        (checks.check_best_policy, lambda p, r, b: best_policy(p, r * b, 1.0), "multiplied by beta"),
+        (
+            checks.check_best_policy,
+            lambda p, r, b: best_policy(torch.ones(3), r, b),
+            "reference is missing",
+        ),
+        (
+            checks.check_best_policy,
+            lambda p, r, b: best_policy(p, r * b, 1.0),
+            "multiplied by beta",
+        ),
         (checks.check_best_policy, lambda p, r, b: best_policy(p, r, 1.0), "beta is missing"),
-        (checks.check_best_policy, lambda p, r, b: torch.softmax(p + r / b, 0), "their logarithms belong there"),
-        (checks.check_hidden_reward, lambda *x: hidden_reward(*x, [0.0] * 3), "right up to a constant"),
-        (checks.check_hidden_reward, lambda *x: hidden_reward(*x, [1 / 3] * 3), "shifted by the plain mean"),
-        (checks.check_hidden_reward, lambda p, q, b: hidden_reward(p, q, b, q.tolist()), "it is the reference that should"),
-        (checks.check_hidden_reward, lambda *x: hidden_reward(*x, sign=-1), "the sign is turned round"),
+        (
+            checks.check_best_policy,
+            lambda p, r, b: torch.softmax(p + r / b, 0),
+            "their logarithms belong there",
+        ),
+        (
+            checks.check_hidden_reward,
+            lambda *x: hidden_reward(*x, [0.0] * 3),
+            "right up to a constant",
+        ),
+        (
+            checks.check_hidden_reward,
+            lambda *x: hidden_reward(*x, [1 / 3] * 3),
+            "shifted by the plain mean",
+        ),
+        (
+            checks.check_hidden_reward,
+            lambda p, q, b: hidden_reward(p, q, b, q.tolist()),
+            "it is the reference that should",
+        ),
+        (
+            checks.check_hidden_reward,
+            lambda *x: hidden_reward(*x, sign=-1),
+            "the sign is turned round",
+        ),
         (checks.check_hidden_reward, lambda p, q, b: hidden_reward(p, q, 1.0), "beta is missing"),
-        (checks.check_hidden_reward, lambda p, q, b: hidden_reward(p, q, 1.0) / b, "divides by beta"),
-        (checks.check_implicit_reward, lambda p, q, m, b: implicit_reward(p, q, m, b) / int(m.sum()), "both are means now"),
-        (checks.check_implicit_reward, lambda p, q, m, b: b * float(p.sum() - q.sum()), "the mask is gone"),
-        (checks.check_implicit_reward, lambda p, q, m, b: -implicit_reward(p, q, m, b), "the sign is turned round"),
-        (checks.check_implicit_reward, lambda p, q, m, b: implicit_reward(p, 0 * q, m, b), "the reference is gone"),
+        (
+            checks.check_hidden_reward,
+            lambda p, q, b: hidden_reward(p, q, 1.0) / b,
+            "divides by beta",
+        ),
+        (
+            checks.check_implicit_reward,
+            lambda p, q, m, b: implicit_reward(p, q, m, b) / int(m.sum()),
+            "both are means now",
+        ),
+        (
+            checks.check_implicit_reward,
+            lambda p, q, m, b: b * float(p.sum() - q.sum()),
+            "the mask is gone",
+        ),
+        (
+            checks.check_implicit_reward,
+            lambda p, q, m, b: -implicit_reward(p, q, m, b),
+            "the sign is turned round",
+        ),
+        (
+            checks.check_implicit_reward,
+            lambda p, q, m, b: implicit_reward(p, 0 * q, m, b),
+            "the reference is gone",
+        ),
         (checks.check_pair_weight, 0.09526, "the margin is +3"),
         (checks.check_pair_weight, 0.047426, "the sigmoid alone"),
         (checks.check_pair_weight, 0.0, "belongs into the margin"),
         (checks.check_pair_weight, 0.05, "the start of training"),
     ],
-)  # fmt: skip
+)
 def test_typical_mistake_is_named(capsys, check, answer, message):
     verdict = said(capsys, check, answer)
     assert verdict.startswith("Not yet")

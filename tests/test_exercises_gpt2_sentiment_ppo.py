@@ -1,4 +1,4 @@
-"""The checks of chapter 07: stub, right answer, and each typical mistake."""
+"""The checks of gpt2_sentiment_ppo: stub, right answer, and each typical mistake."""
 
 import math
 
@@ -65,11 +65,23 @@ def test_right_answer(capsys, check, answer):
         (checks.check_token_rewards, lambda *x: token_rewards(*x, at=0), "on the first token"),
         (checks.check_token_rewards, all_at_the_end, "each token pays its own"),
         (checks.check_token_rewards, lambda *x: token_rewards(*x, last=False), "pays no price"),
-        (checks.check_token_rewards, lambda s, p, q, b: token_rewards(s, p, q, 1), "beta is missing"),
+        (
+            checks.check_token_rewards,
+            lambda s, p, q, b: token_rewards(s, p, q, 1),
+            "beta is missing",
+        ),
         (checks.check_value_targets, lambda a, v: 1.0 * a, "the advantages alone"),
         (checks.check_value_targets, lambda a, v: a - v, "sign of the values"),
-        (checks.check_value_targets, lambda a, v: (a + v - (a + v).mean()) / (a + v).std(), "is whitened now"),
-        (checks.check_value_targets, lambda a, v: v + a - a.sum() / len(a), "the mean is still taken"),
+        (
+            checks.check_value_targets,
+            lambda a, v: (a + v - (a + v).mean()) / (a + v).std(),
+            "is whitened now",
+        ),
+        (
+            checks.check_value_targets,
+            lambda a, v: v + a - a.sum() / len(a),
+            "the mean is still taken",
+        ),
         (checks.check_best_of_n_kl, math.log, "the second term is missing"),
         (checks.check_best_of_n_kl, lambda n: math.log(n, 2) - 1 + 1 / n, "in bits"),
         (checks.check_best_of_n_kl, lambda n: math.log(n) - 1 / n, "is (n − 1)/n"),
@@ -79,7 +91,7 @@ def test_right_answer(capsys, check, answer):
         (checks.check_adaptive_coefficient, 0.06, "samples over horizon"),
         (checks.check_adaptive_coefficient, 0.1, "twice the price"),
     ],
-)  # fmt: skip
+)
 def test_typical_mistake_is_named(capsys, check, answer, message):
     verdict = said(capsys, check, answer)
     assert verdict.startswith("Not yet")

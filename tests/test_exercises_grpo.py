@@ -1,4 +1,4 @@
-"""The checks of chapter 09: stub, right answer, and each typical mistake."""
+"""The checks of grpo: stub, right answer, and each typical mistake."""
 
 import itertools
 import math
@@ -19,7 +19,9 @@ def group_advantages(rewards, less_one=1, eps=1e-4, power=0.5, sign=1):
     values = rewards.tolist()
     mean = sum(values) / len(values)
     variance = sum((r - mean) ** 2 for r in values) / (len(values) - less_one)
-    return torch.tensor([sign * (r - mean) / (variance**power + eps) for r in values], dtype=torch.float64)  # fmt: skip
+    return torch.tensor(
+        [sign * (r - mean) / (variance**power + eps) for r in values], dtype=torch.float64
+    )
 
 
 def pass_at_k(n, right, k, wanted=any):
@@ -71,27 +73,59 @@ def test_right_answer(capsys, check, answer):
     ("check", "answer", "message"),
     [
         (checks.check_group_advantages, lambda r: (r - r.mean()) / torch.std(r), "gives NaN"),
-        (checks.check_group_advantages, lambda r: group_advantages(r, less_one=0), "biased standard deviation"),
-        (checks.check_group_advantages, lambda r: group_advantages(r, power=1), "divides by the variance"),
-        (checks.check_group_advantages, lambda r: (r - r.mean()) / torch.sqrt(torch.var(r) + 1e-4), "added to the variance"),
+        (
+            checks.check_group_advantages,
+            lambda r: group_advantages(r, less_one=0),
+            "biased standard deviation",
+        ),
+        (
+            checks.check_group_advantages,
+            lambda r: group_advantages(r, power=1),
+            "divides by the variance",
+        ),
+        (
+            checks.check_group_advantages,
+            lambda r: (r - r.mean()) / torch.sqrt(torch.var(r) + 1e-4),
+            "added to the variance",
+        ),
         (checks.check_group_advantages, lambda r: r - r.mean(), "not yet divided"),
-        (checks.check_group_advantages, lambda r: r / (torch.std(r) + 1e-4), "mean was not taken off"),
-        (checks.check_group_advantages, lambda r: group_advantages(r, sign=-1), "the sign is turned round"),
+        (
+            checks.check_group_advantages,
+            lambda r: r / (torch.std(r) + 1e-4),
+            "mean was not taken off",
+        ),
+        (
+            checks.check_group_advantages,
+            lambda r: group_advantages(r, sign=-1),
+            "the sign is turned round",
+        ),
         (checks.check_pass_at_k, lambda n, c, k: 1 - math.pow((n - c) / n, k), "put back"),
         (checks.check_pass_at_k, lambda n, c, k: 1 - pass_at_k(n, c, k), "none is right"),
         (checks.check_pass_at_k, lambda n, c, k: pass_at_k(n, c, k, all), "all k are right"),
         (checks.check_pass_at_k, lambda n, c, k: c / n, "pass@1"),
-        (checks.check_mean_of_means, lambda v, m: torch.masked.mean(v, mask=m.bool()), "all tokens count alike"),
-        (checks.check_mean_of_means, lambda v, m: (v * m).sum() / len(v), "not divided by their lengths"),
+        (
+            checks.check_mean_of_means,
+            lambda v, m: torch.masked.mean(v, mask=m.bool()),
+            "all tokens count alike",
+        ),
+        (
+            checks.check_mean_of_means,
+            lambda v, m: (v * m).sum() / len(v),
+            "not divided by their lengths",
+        ),
         (checks.check_mean_of_means, lambda v, m: v.mean(), "the mask is gone"),
-        (checks.check_mean_of_means, lambda v, m: (v * m).sum() / len(v) / m.sum(1).max(), "the longest answer"),
+        (
+            checks.check_mean_of_means,
+            lambda v, m: (v * m).sum() / len(v) / m.sum(1).max(),
+            "the longest answer",
+        ),
         (checks.check_constant_share, 0.56953, "teach something"),
         (checks.check_constant_share, 1e-8, "all wrong teaches nothing"),
         (checks.check_constant_share, 0.9, "one wrong answer"),
         (checks.check_constant_share, 0.1, "the pass rate"),
         (checks.check_constant_share, 43.05, "between 0 and 1"),
     ],
-)  # fmt: skip
+)
 def test_typical_mistake_is_named(capsys, check, answer, message):
     verdict = said(capsys, check, answer)
     assert verdict.startswith("Not yet")

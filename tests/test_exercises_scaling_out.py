@@ -1,4 +1,4 @@
-"""The checks of chapter 11: stub, right answer, and each typical mistake."""
+"""The checks of scaling_out: stub, right answer, and each typical mistake."""
 
 import pytest
 import torch
@@ -67,28 +67,64 @@ def test_right_answer(capsys, check, answer):
     ("check", "answer", "message"),
     [
         (checks.check_state_bytes, lambda *x: state_bytes(*x) / 4, "numbers, not bytes"),
-        (checks.check_state_bytes, lambda *x: state_bytes(*x, (1, 1, 1)), "one number a parameter is missing"),
-        (checks.check_state_bytes, lambda *x: state_bytes(*x, (1, 0, 2)), "one number a parameter is missing"),
-        (checks.check_state_bytes, lambda p, n, s: state_bytes(p, n, 3 if s else 0), "the weights stay whole"),
-        (checks.check_state_bytes, lambda p, n, s: state_bytes(p, n, min(s, 2)), "divides the weights too"),
-        (checks.check_state_bytes, lambda p, n, s: 16 * p / n if s != 2 else state_bytes(p, n, 2), "stage 0 divides nothing"),
+        (
+            checks.check_state_bytes,
+            lambda *x: state_bytes(*x, (1, 1, 1)),
+            "one number a parameter is missing",
+        ),
+        (
+            checks.check_state_bytes,
+            lambda *x: state_bytes(*x, (1, 0, 2)),
+            "one number a parameter is missing",
+        ),
+        (
+            checks.check_state_bytes,
+            lambda p, n, s: state_bytes(p, n, 3 if s else 0),
+            "the weights stay whole",
+        ),
+        (
+            checks.check_state_bytes,
+            lambda p, n, s: state_bytes(p, n, min(s, 2)),
+            "divides the weights too",
+        ),
+        (
+            checks.check_state_bytes,
+            lambda p, n, s: 16 * p / n if s != 2 else state_bytes(p, n, 2),
+            "stage 0 divides nothing",
+        ),
         (checks.check_local_losses, lambda s, c: s / c, "means of micro-batches"),
-        (checks.check_local_losses, lambda s, c: torch.stack([x / n.sum() for x, n in zip(s, c, strict=True)]), "not enough"),
+        (
+            checks.check_local_losses,
+            lambda s, c: torch.stack([x / n.sum() for x, n in zip(s, c, strict=True)]),
+            "not enough",
+        ),
         (checks.check_local_losses, lambda s, c: s / c.sum(), "too small by their number"),
-        (checks.check_local_losses, lambda s, c: local_losses(s, c) * s.shape[1], "only processes are averaged"),
-        (checks.check_local_losses, lambda s, c: s / c.sum() * s.shape[1], "number of micro-batches"),
+        (
+            checks.check_local_losses,
+            lambda s, c: local_losses(s, c) * s.shape[1],
+            "only processes are averaged",
+        ),
+        (
+            checks.check_local_losses,
+            lambda s, c: s / c.sum() * s.shape[1],
+            "number of micro-batches",
+        ),
         (checks.check_local_losses, lambda s, c: local_losses(s, c).sum(1), "one number a process"),
         (checks.check_shard, lambda p, g, r, n: p.view(n, -1)[r].repeat(g), "not repeat"),
         (checks.check_shard, lambda p, g, r, n: p.view(n, -1)[r], "repeat it for its group"),
         (checks.check_shard, lambda p, g, r, n: p.repeat_interleave(g), "should have its own"),
-        (checks.check_shard, lambda p, g, r, n: p.view(-1, n)[:, r].repeat_interleave(g), "groups are whole, but"),
+        (
+            checks.check_shard,
+            lambda p, g, r, n: p.view(-1, n)[:, r].repeat_interleave(g),
+            "groups are whole, but",
+        ),
         (checks.check_device_batch, 8, "those are prompts; TRL counts"),
         (checks.check_device_batch, 256, "a mini-batch has half"),
         (checks.check_device_batch, 512, "one of four takes a quarter"),
         (checks.check_device_batch, 1024, "of all processes and both"),
         (checks.check_device_batch, 16, "prompts of a process"),
     ],
-)  # fmt: skip
+)
 def test_typical_mistake_is_named(capsys, check, answer, message):
     verdict = said(capsys, check, answer)
     assert verdict.startswith("Not yet")

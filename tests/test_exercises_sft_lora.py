@@ -1,4 +1,4 @@
-"""The checks of chapter 05: stub, right answer, and each typical mistake."""
+"""The checks of sft_lora: stub, right answer, and each typical mistake."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The checks of chapter 04: stub, right answer, and each typical mistake."""
+"""The checks of token_mdp: stub, right answer, and each typical mistake."""
 
 import math
 

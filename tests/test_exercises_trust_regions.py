@@ -1,4 +1,5 @@
-"""The checks of chapter 03: the stub, a right answer, and every typical mistake, each told apart."""
+"""The checks of trust_regions: the stub, a right answer, and every typical mistake, each told
+apart."""
 
 import math
 import re

@@ -1,4 +1,5 @@
-"""Notebooks with a language model run from top to bottom at scale gpt2, offline, from a hub cache on disk.
+"""Notebooks with a language model run from top to bottom at scale gpt2, offline, from a hub cache
+on disk.
 
 The models under the real names are small and random, so only that every cell runs is checked here.
 """
@@ -10,7 +11,9 @@ import fake_hub
 import nbrun
 import pytest
 
-NOTEBOOKS = [path for path in nbrun.find_notebooks() if path.stem >= "04"]
+NOTEBOOKS = [p for p in nbrun.find_notebooks() if nbrun.read(p).metadata["needs_model"]]
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

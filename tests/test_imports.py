@@ -6,11 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import build_equations
 import pytest
 import tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
-MATHEMATICS = {"logprobs", "kl", "advantages", "losses", "trust_region"}
+MATHEMATICS = set(build_equations.MATHEMATICS)
 # A module may import its own layer and those below.
 LAYERS = [
     MATHEMATICS,
@@ -37,12 +38,14 @@ def imported(path):
 
 
 def part(module):
-    """The file or folder of the package that a module belongs to: rlhf_helpers.worlds.mdp is in worlds."""
+    """The file or folder of the package that a module belongs to: rlhf_helpers.worlds.mdp is in
+    worlds."""
     return [*module.split("."), ""][1]
 
 
 def layer(name):
-    # What validates arguments lies under everything; a name that stands nowhere has to be given its place above.
+    # What validates arguments lies under everything; a name that stands nowhere has to be given its
+    # place above.
     if name.startswith("_"):
         return 0
     return next(i for i, names in enumerate(LAYERS) if name in names)
@@ -65,7 +68,10 @@ def test_imports_go_one_way(path):
 
 
 def test_importing_the_package_loads_no_framework():
-    code = "import sys, rlhf_helpers; sys.exit(bool({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
+    code = (
+        "import sys, rlhf_helpers; sys.exit(bool({'torch', 'transformers', 'matplotlib'} &"
+        " set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

@@ -1,4 +1,5 @@
-"""KL estimators, the exact KL and the adaptive coefficient against enumeration of a small softmax."""
+"""KL estimators, the exact KL and the adaptive coefficient against enumeration of a small
+softmax."""
 
 import math
 
@@ -25,7 +26,8 @@ def two_policies(seed=0, vocabulary=5):
 
 
 def expected_estimate(logits, ref_logits, kind):
-    """Mean of the estimate over tokens drawn from pi, every token enumerated, its probability held fixed."""
+    """Mean of the estimate over tokens drawn from pi, every token enumerated, its probability held
+    fixed."""
     log_pi, log_ref = torch.log_softmax(logits, -1), torch.log_softmax(ref_logits, -1)
     probability = log_pi.exp().detach()
     return (probability * kl_estimate(log_pi[None], log_ref[None], kind)[0]).sum()
@@ -37,7 +39,8 @@ def expected_estimate(logits, ref_logits, kind):
 @pytest.mark.equation("eq:kl-estimators")
 @pytest.mark.parametrize("log_ratio", [-3.0, -0.4, 0.3, 2.0])
 def test_estimates_of_one_token_by_hand(log_ratio):
-    """Oracle: Python's math module applied to the definitions, d = log pi - log pi_ref; derivatives by hand."""
+    """Oracle: Python's math module applied to the definitions, d = log pi - log pi_ref; derivatives
+    by hand."""
     value = {
         "k1": log_ratio,
         "k2": log_ratio**2 / 2,
@@ -63,7 +66,8 @@ def test_estimates_of_one_token_by_hand(log_ratio):
 @pytest.mark.equation("eq:kl-estimators")
 @pytest.mark.parametrize("seed", range(3))
 def test_k1_and_k3_are_unbiased_and_the_others_are_not(seed):
-    """Oracle: torch.distributions.kl_divergence, with the expectation over all tokens enumerated."""
+    """Oracle: torch.distributions.kl_divergence, with the expectation over all tokens
+    enumerated."""
     logits, ref_logits = two_policies(seed)
     true = kl_divergence(Categorical(logits=logits), Categorical(logits=ref_logits)).item()
     assert expected_estimate(logits, ref_logits, "k1").item() == pytest.approx(true, rel=1e-12)
@@ -75,7 +79,8 @@ def test_k1_and_k3_are_unbiased_and_the_others_are_not(seed):
 @pytest.mark.equation("eq:kl-estimators")
 @pytest.mark.parametrize("seed", range(3))
 def test_gradient_of_each_estimate_used_as_a_loss(seed):
-    """Oracle: autograd of torch.distributions' KL: k1 gives zero, k2 the gradient of KL(pi||ref), k3 of KL(ref||pi)."""
+    """Oracle: autograd of torch.distributions' KL: k1 gives zero, k2 the gradient of KL(pi||ref),
+    k3 of KL(ref||pi)."""
     logits, ref_logits = two_policies(seed)
     z = logits.clone().requires_grad_()
     pi, ref = Categorical(logits=z), Categorical(logits=ref_logits)
@@ -163,7 +168,8 @@ def test_kl_estimate_rejects_unequal_shapes(shape):
 
 @pytest.mark.equation("eq:kl")
 def test_exact_kl_equals_torch_distributions():
-    """Oracle: torch.distributions.kl_divergence; the gradients in closed form, p (log(p / q) - KL) and q - p."""
+    """Oracle: torch.distributions.kl_divergence; the gradients in closed form, p (log(p / q) - KL)
+    and q - p."""
     generator = torch.Generator().manual_seed(2)
     z, w = torch.randn(2, 3, 4, 6, generator=generator, dtype=torch.float64)
     expected = kl_divergence(Categorical(logits=z), Categorical(logits=w))
@@ -192,7 +198,8 @@ def test_exact_kl_in_both_directions_by_hand():
 
 
 def test_exact_kl_equals_trl_distillation_loss():
-    """Oracle: TRL's generalised Jensen-Shannon loss at beta = 1, which is KL(student || teacher)."""
+    """Oracle: TRL's generalised Jensen-Shannon loss at beta = 1, which is KL(student ||
+    teacher)."""
     gkd = pytest.importorskip("trl.experimental.gkd.gkd_trainer")
     generator = torch.Generator().manual_seed(4)
     student, teacher = torch.randn(2, 2, 3, 5, generator=generator, dtype=torch.float64)
@@ -223,7 +230,8 @@ def test_hessian_of_exact_kl_at_the_old_policy_is_the_fisher_matrix():
     ref_logits=hnp.arrays(np.float32, (1, 2, 4), elements=st.floats(-1e4, 1e4, width=32)),
 )
 def test_exact_kl_is_finite_and_not_negative_for_extreme_logits(logits, ref_logits):
-    """Oracle: float64 scipy log-softmax and the sum; Gibbs' inequality up to float32 rounding of logits of size 1e4.
+    """Oracle: float64 scipy log-softmax and the sum; Gibbs' inequality up to float32 rounding of
+    logits of size 1e4.
 
     torch.distributions is no oracle here: it calls the KL infinite where a probability underflows.
     """
@@ -242,7 +250,8 @@ def test_exact_kl_is_finite_and_not_negative_for_extreme_logits(logits, ref_logi
 
 
 def test_exact_kl_where_probabilities_are_zero():
-    """Oracle: 0 log(0 / q) = 0, so a token impossible under both or under pi alone adds nothing; p log(p / 0) = inf."""
+    """Oracle: 0 log(0 / q) = 0, so a token impossible under both or under pi alone adds nothing; p
+    log(p / 0) = inf."""
     never = -float("inf")
     both = exact_kl(torch.tensor([[[0.0, 1.0, never]]]), torch.tensor([[[0.5, 0.5, never]]]))
     expected = exact_kl(torch.tensor([[[0.0, 1.0]]]), torch.tensor([[[0.5, 0.5]]]))

@@ -41,7 +41,7 @@ def numbers(rows):
     return [int(row["prompt"].split()[-1]) for row in rows]
 
 
-# --- answers ---------------------------------------------------------------------------------------
+# --- answers -------------------------------------------------------------------------------------
 
 
 def test_answers_come_back_as_rows(path):
@@ -142,7 +142,7 @@ def test_answers_belong_to_texts_not_to_places(path):
     assert numbers(Session(PAIRS, path).results()) == [0, 1, 2, 3, 4, 5]
 
 
-# --- which response is A ---------------------------------------------------------------------------
+# --- which response is A -------------------------------------------------------------------------
 
 
 def sides(seed, annotator="me", count=2000):
@@ -163,7 +163,7 @@ def test_the_order_is_the_same_in_every_run():
     assert "".join("01"[side] for side in sides(seed=0, count=16)) == "0100101111001111"
 
 
-# --- what can happen to the file -------------------------------------------------------------------
+# --- what can happen to the file -----------------------------------------------------------------
 
 
 def test_a_torn_last_line_is_set_aside_and_nothing_else_is_lost(tmp_path):
@@ -228,7 +228,8 @@ spec = importlib.util.spec_from_file_location("labelling", sys.argv[1])
 labelling = importlib.util.module_from_spec(spec)
 sys.modules["labelling"] = labelling
 spec.loader.exec_module(labelling)
-session = labelling.Session([(f"prompt {i}", "x" * 2000, "y" * 2000) for i in range(3000)], sys.argv[2])
+pairs = [(f"prompt {i}", "x" * 2000, "y" * 2000) for i in range(3000)]
+session = labelling.Session(pairs, sys.argv[2])
 while item := session.next():
     session.record(item, "tie", 1.0)
     print(item.prompt, flush=True)
@@ -267,7 +268,7 @@ def test_two_processes_can_write_at_once(path):
     assert len({line["pair"] for line in lines}) == len(lines) == 80
 
 
-# --- refusals --------------------------------------------------------------------------------------
+# --- refusals ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -338,7 +339,7 @@ def test_bad_answers_and_names_are_refused(path):
     assert path.read_bytes() == b""
 
 
-# --- the panel -------------------------------------------------------------------------------------
+# --- the panel -----------------------------------------------------------------------------------
 
 
 class Tags(HTMLParser):

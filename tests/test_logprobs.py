@@ -1,4 +1,5 @@
-"""Token log-probabilities, entropy and masked statistics against torch.distributions, NumPy and TRL."""
+"""Token log-probabilities, entropy and masked statistics against torch.distributions, NumPy and
+TRL."""
 
 import math
 
@@ -25,7 +26,8 @@ def random_tokens(shape, vocabulary, seed=1):
 
 
 def gradient(function, value):
-    """Gradient of the sum of function(value), times fixed weights so that no entry cancels another."""
+    """Gradient of the sum of function(value), times fixed weights so that no entry cancels
+    another."""
     value = value.detach().clone().requires_grad_()
     result = function(value)
     weights = torch.arange(1, result.numel() + 1, dtype=result.dtype).reshape(result.shape)
@@ -39,7 +41,8 @@ def gradient(function, value):
 @pytest.mark.equation("eq:token-log-probs")
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.5])
 def test_token_log_probs_equal_a_categorical_distribution(temperature):
-    """Oracle: torch.distributions.Categorical(logits / temperature), value and gradient by autograd."""
+    """Oracle: torch.distributions.Categorical(logits / temperature), value and gradient by
+    autograd."""
     logits, tokens = random_logits(3, 4, 7), random_tokens((3, 4), 7)
 
     def oracle(z):
@@ -102,7 +105,8 @@ def test_chunking_changes_nothing(shape, temperature):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_half_precision_logits_are_scored_in_higher_precision(dtype, temperature):
-    """Oracle: the float64 distribution of the same rounded logits; log-softmax inside bfloat16 is off by up to 0.07."""
+    """Oracle: the float64 distribution of the same rounded logits; log-softmax inside bfloat16 is
+    off by up to 0.07."""
     logits = random_logits(8, 16, 300).to(dtype)
     tokens = random_tokens((8, 16), 300)
     expected = Categorical(logits=logits.double() / temperature).log_prob(tokens)
@@ -111,7 +115,8 @@ def test_half_precision_logits_are_scored_in_higher_precision(dtype, temperature
 
 
 def peak_new_memory(function):
-    """Highest number of bytes alive at once that `function` allocated, from the profiler's allocation events."""
+    """Highest number of bytes alive at once that `function` allocated, from the profiler's
+    allocation events."""
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as record:
@@ -125,7 +130,8 @@ def peak_new_memory(function):
 
 
 def test_the_memory_meter_sees_a_second_copy():
-    """Oracle: a function known to allocate one tensor of the same size, so that the next test can fail."""
+    """Oracle: a function known to allocate one tensor of the same size, so that the next test can
+    fail."""
     logits = torch.zeros(8, 512, 256)
     assert peak_new_memory(lambda: logits / 0.7) >= logits.nbytes
 
@@ -135,9 +141,11 @@ def test_the_memory_meter_sees_a_second_copy():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(8, 1024, 1024), (4096, 2, 1024)])
 def test_forward_pass_makes_no_second_logits_tensor(shape, dtype, temperature, requires_grad):
-    """Oracle: the profiler's count of bytes alive, which stays below one copy of the N x T x V logits.
+    """Oracle: the profiler's count of bytes alive, which stays below one copy of the N x T x V
+    logits.
 
-    What autograd keeps for the backward pass counts too: chunks that are all kept are a second copy.
+    What autograd keeps for the backward pass counts too: chunks that are all kept are a second
+        copy.
     """
     sequences, length, vocabulary = shape
     model_output = torch.zeros(
@@ -157,7 +165,8 @@ def test_forward_pass_makes_no_second_logits_tensor(shape, dtype, temperature, r
     temperature=st.sampled_from([0.5, 1.0, 2.0]),
 )
 def test_extreme_logits_stay_finite(logits, temperature):
-    """Oracle: float64 log-sum-exp shifted by the maximum, in NumPy; the gradient is bounded by 1 / T."""
+    """Oracle: float64 log-sum-exp shifted by the maximum, in NumPy; the gradient is bounded by 1 /
+    T."""
     z = torch.from_numpy(logits).requires_grad_()
     tokens = torch.tensor([[0, 1, 2], [3, 0, 1]])
     result = token_log_probs(z, tokens, temperature)
@@ -173,7 +182,8 @@ def test_extreme_logits_stay_finite(logits, temperature):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_a_token_ruled_out_by_its_logit_changes_nothing_for_the_others(temperature):
-    """Oracle: the same distribution without that token, value and gradient; the ruled-out logit gets no gradient."""
+    """Oracle: the same distribution without that token, value and gradient; the ruled-out logit
+    gets no gradient."""
     logits, tokens = random_logits(2, 3, 5), random_tokens((2, 3), 4)
     ruled_out = torch.cat(
         [logits[..., :4], torch.full((2, 3, 1), -float("inf"), dtype=torch.float64)], -1
@@ -209,7 +219,8 @@ def test_token_log_probs_rejects_temperature(temperature):
 
 @pytest.mark.equation("eq:entropy")
 def test_entropy_equals_a_categorical_distribution():
-    """Oracle: torch.distributions.Categorical.entropy, and the closed-form gradient -p (log p + H)."""
+    """Oracle: torch.distributions.Categorical.entropy, and the closed-form gradient -p (log p +
+    H)."""
     logits = random_logits(3, 4, 7)
     expected = Categorical(logits=logits).entropy()
     torch.testing.assert_close(entropy(logits), expected, rtol=1e-12, atol=1e-12)
@@ -232,7 +243,8 @@ def test_entropy_equals_trl():
 
 @pytest.mark.equation("eq:entropy")
 def test_entropy_of_known_distributions():
-    """Oracle: log V for a uniform distribution, log 2 for a fair coin among impossible tokens, 0 for certainty."""
+    """Oracle: log V for a uniform distribution, log 2 for a fair coin among impossible tokens, 0
+    for certainty."""
     coin = [0.0, 0.0, -1e4, -1e4]
     certain = [1e4, 0.0, 0.0, 0.0]
     result = entropy(torch.tensor([[[3.0] * 4, coin, certain]], dtype=torch.float64))
@@ -326,7 +338,8 @@ def subset_whiten(values, mask, shift_mean, eps):
 @pytest.mark.parametrize("shift_mean", [True, False])
 @pytest.mark.parametrize("eps", [1e-8, 0.5])
 def test_masked_whiten_equals_whitening_the_selected_entries(shift_mean, eps):
-    """Oracle: torch.var(unbiased=True) on the one-dimensional tensor of unmasked entries, value and gradient."""
+    """Oracle: torch.var(unbiased=True) on the one-dimensional tensor of unmasked entries, value and
+    gradient."""
     values = random_logits(3, 4)
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 0]])
 
@@ -360,7 +373,8 @@ def test_whitening_without_the_shift_keeps_the_mean():
 
 
 def test_whitening_a_constant_gives_zero():
-    """Oracle: (x - mean) is zero, so the result is zero whatever eps is; float32, where the mean is rounded."""
+    """Oracle: (x - mean) is zero, so the result is zero whatever eps is; float32, where the mean is
+    rounded."""
     values = torch.full((3, 7), 0.1)
     white = masked_whiten(values, torch.ones(3, 7))
     assert white.abs().max() < 1e-3

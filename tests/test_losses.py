@@ -1,4 +1,5 @@
-"""Policy and value losses: values and gradients against TRL, enumeration, NumPy loops and finite differences."""
+"""Policy and value losses: values and gradients against TRL, enumeration, NumPy loops and finite
+differences."""
 
 import itertools
 import math
@@ -33,7 +34,8 @@ def random_tensors(count, seed=0, shape=(3, 4)):
 
 
 def ppo_batch(seed=0):
-    """Log-ratios of both signs, inside and outside the clip range, with advantages of both signs."""
+    """Log-ratios of both signs, inside and outside the clip range, with advantages of both
+    signs."""
     noise, old, advantages = random_tensors(3, seed)
     return old + 0.5 * noise, old, advantages
 
@@ -67,7 +69,8 @@ def test_policy_gradient_loss_is_minus_the_mean_of_advantage_times_log_prob(mask
 @pytest.mark.equation("eq:policy-gradient")
 @pytest.mark.parametrize("baseline", [0.0, 1.5])
 def test_its_expected_gradient_is_the_gradient_of_the_expected_reward(baseline):
-    """Oracle: autograd of J = sum of p(a) r(a) over all actions; any constant baseline leaves the mean alone."""
+    """Oracle: autograd of J = sum of p(a) r(a) over all actions; any constant baseline leaves the
+    mean alone."""
     rewards = torch.tensor([1.0, 2.0, 0.0, -3.0], dtype=torch.float64)
     logits = torch.tensor([0.3, -0.2, 0.9, 0.1], dtype=torch.float64, requires_grad=True)
     (true,) = torch.autograd.grad((torch.softmax(logits, -1) * rewards).sum(), logits)
@@ -111,7 +114,8 @@ def test_its_expected_gradient_over_all_two_step_sequences():
     [(1, 0.5, -0.5, -1.0), (1, 1.5, -1.2, 0.0), (-1, 0.5, 0.8, 0.0), (-1, 1.5, 1.5, 1.0)],
 )
 def test_the_four_cases_of_clipping(advantage, ratio, loss, slope):
-    """Oracle: the clipped objective worked out by hand, and its derivative by the ratio: -1, 0, 0, 1."""
+    """Oracle: the clipped objective worked out by hand, and its derivative by the ratio: -1, 0, 0,
+    1."""
     r = single(ratio).requires_grad_()
     result = ppo_clip_loss(r.log(), single(0.0), single(float(advantage)))
     result.loss.backward()
@@ -151,7 +155,8 @@ def central_differences(function, x, step=1e-6):
 )
 @pytest.mark.parametrize("mask", [None, MASK])
 def test_ppo_loss_equals_a_loop_and_its_finite_differences(clip, clip_high, dual_clip, mask):
-    """Oracle: a loop over tokens in Python floats; central differences of that loop for the gradient."""
+    """Oracle: a loop over tokens in Python floats; central differences of that loop for the
+    gradient."""
     log_probs, old, advantages = ppo_batch()
     counted = np.ones((3, 4)) if mask is None else mask.numpy()
 
@@ -184,7 +189,8 @@ def trl_loss(
     longest=None,
     bias_correct=False,
 ):
-    """TRL's GRPO loss driven with plain tensors; "bnpo" is the mean over the batch's tokens, as in PPO."""
+    """TRL's GRPO loss driven with plain tensors; "bnpo" is the mean over the batch's tokens, as in
+    PPO."""
     from trl.trainer.grpo_trainer import GRPOTrainer
 
     def same(x, **_):
@@ -232,9 +238,11 @@ def trl_loss(
 )
 @pytest.mark.parametrize("seed", range(3))
 def test_ppo_loss_equals_trl(clip, clip_high, dual_clip, seed):
-    """Oracle: TRL's GRPOTrainer._compute_loss, value, gradient and clip fraction; its `delta` is the dual clip.
+    """Oracle: TRL's GRPOTrainer._compute_loss, value, gradient and clip fraction; its `delta` is
+    the dual clip.
 
-    TRL caps the ratio at delta for either sign of A; with delta > 1 + clip that changes nothing for A > 0.
+    TRL caps the ratio at delta for either sign of A; with delta > 1 + clip that changes nothing for
+    A > 0.
     """
     pytest.importorskip("trl")
     log_probs, old, advantages = ppo_batch(seed)
@@ -257,7 +265,8 @@ def test_ppo_loss_equals_trl(clip, clip_high, dual_clip, seed):
 
 @pytest.mark.equation("eq:ppo-clip")
 def test_on_policy_the_gradient_is_the_policy_gradient():
-    """Oracle: at ratio 1 the surrogate's gradient is -A / count, and its value minus the mean advantage."""
+    """Oracle: at ratio 1 the surrogate's gradient is -A / count, and its value minus the mean
+    advantage."""
     log_probs, advantages = random_tensors(2)
     value, gradient = value_and_gradient(
         lambda x: ppo_clip_loss(x, log_probs, advantages, MASK).loss, log_probs
@@ -268,7 +277,8 @@ def test_on_policy_the_gradient_is_the_policy_gradient():
 
 @pytest.mark.equation("eq:dual-clip")
 def test_dual_clip_bounds_the_loss_of_a_bad_action_that_became_likely():
-    """Oracle: by hand: for A = -2 and r = 10 the loss is 20, with c = 3 it is 6 and has no gradient."""
+    """Oracle: by hand: for A = -2 and r = 10 the loss is 20, with c = 3 it is 6 and has no
+    gradient."""
     log_ratio, old, advantage = single(math.log(10.0)), single(0.0), single(-2.0)
     free, slope = value_and_gradient(lambda x: ppo_clip_loss(x, old, advantage).loss, log_ratio)
     bounded, flat = value_and_gradient(
@@ -292,7 +302,8 @@ def test_dual_clip_changes_nothing_elsewhere(advantage, ratio):
 
 @pytest.mark.equation("eq:ppo-clip")
 def test_asymmetric_clip_range():
-    """Oracle: by hand: with clip 0.2 and clip_high 0.5, r = 2 and A = 1 give 1.5, r = 0.1 and A = -1 give 0.8."""
+    """Oracle: by hand: with clip 0.2 and clip_high 0.5, r = 2 and A = 1 give 1.5, r = 0.1 and A =
+    -1 give 0.8."""
     up = ppo_clip_loss(single(math.log(2.0)), single(0.0), single(1.0), clip=0.2, clip_high=0.5)
     down = ppo_clip_loss(single(math.log(0.1)), single(0.0), single(-1.0), clip=0.2, clip_high=0.5)
     assert (up.loss.item(), down.loss.item()) == pytest.approx((-1.5, 0.8), rel=1e-12)
@@ -308,7 +319,8 @@ def test_clip_fraction_counts_only_tokens_whose_gradient_is_cut():
 
 
 def test_clip_fraction_uses_each_side_of_an_asymmetric_range():
-    """Oracle: by hand: with clip 0.2 and clip_high 0.5, of (1.3, 0.7, 1.6) the last two are cut for A = (1, -1, 1)."""
+    """Oracle: by hand: with clip 0.2 and clip_high 0.5, of (1.3, 0.7, 1.6) the last two are cut for
+    A = (1, -1, 1)."""
     log_ratios = torch.tensor([[1.3, 0.7, 1.6]], dtype=torch.float64).log()
     advantages = torch.tensor([[1.0, -1.0, 1.0]], dtype=torch.float64)
     result = ppo_clip_loss(
@@ -327,14 +339,16 @@ def test_approximate_kl_is_the_masked_mean_of_r_minus_one_minus_log_r():
 
 
 def test_approximate_kl_of_a_small_step_keeps_its_digits_in_single_precision():
-    """Oracle: d^2 / 2 in float64 for d = 1e-4; exp(d) - 1 - d is off by a factor of three in float32."""
+    """Oracle: d^2 / 2 in float64 for d = 1e-4; exp(d) - 1 - d is off by a factor of three in
+    float32."""
     step = torch.tensor([[1e-4]])
     found = ppo_clip_loss(step, torch.zeros(1, 1), torch.ones(1, 1)).approx_kl
     assert float(found) == pytest.approx(step.double().item() ** 2 / 2, rel=1e-4)
 
 
 def test_a_huge_ratio_still_pulls_back_a_bad_action():
-    """Oracle: the derivative of -r A by the log-ratio, which is -r A = exp(80) for A = -1, finite in float32."""
+    """Oracle: the derivative of -r A by the log-ratio, which is -r A = exp(80) for A = -1, finite
+    in float32."""
     log_prob = torch.tensor([[80.0]], requires_grad=True)
     result = ppo_clip_loss(log_prob, torch.zeros(1, 1), -torch.ones(1, 1))
     result.loss.backward()
@@ -343,7 +357,8 @@ def test_a_huge_ratio_still_pulls_back_a_bad_action():
 
 
 def test_an_overflowing_ratio_is_clipped_without_nan():
-    """Oracle: for A = 1 the clipped term 1.2, with zero gradient, though exp(200) has no float32."""
+    """Oracle: for A = 1 the clipped term 1.2, with zero gradient, though exp(200) has no
+    float32."""
     log_prob = torch.tensor([[200.0]], requires_grad=True)
     result = ppo_clip_loss(log_prob, torch.zeros(1, 1), torch.ones(1, 1))
     result.loss.backward()
@@ -376,7 +391,8 @@ def test_diagnostics_carry_no_gradient():
     dual_clip=None,
 )
 def test_extreme_ratios_give_finite_losses_and_gradients(log_ratios, advantages, dual_clip):
-    """Oracle: the loop over tokens in Python floats; for the gradient, that it is finite, as the true one is."""
+    """Oracle: the loop over tokens in Python floats; for the gradient, that it is finite, as the
+    true one is."""
     log_probs, old = torch.from_numpy(log_ratios).requires_grad_(), torch.zeros(2, 3)
     result = ppo_clip_loss(log_probs, old, torch.from_numpy(advantages), dual_clip=dual_clip)
     expected = loop_ppo(
@@ -410,7 +426,8 @@ def loop_value_loss(values, old, returns, mask, clip):
 @pytest.mark.parametrize("clip", [None, 0.2, 1.0])
 @pytest.mark.parametrize("mask", [None, MASK])
 def test_value_loss_equals_a_loop_and_its_finite_differences(clip, mask):
-    """Oracle: a loop over tokens in Python floats; central differences of that loop for the gradient."""
+    """Oracle: a loop over tokens in Python floats; central differences of that loop for the
+    gradient."""
     values, old, returns = random_tensors(3, seed=7)
     counted = np.ones((3, 4)) if mask is None else mask.numpy()
 
@@ -500,7 +517,8 @@ def test_garbage_under_the_mask_leaves_the_diagnostics_alone():
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_only_the_first_argument_receives_a_gradient(name):
-    """Oracle: the specification: advantages, returns, and what the old policy or critic said are data."""
+    """Oracle: the specification: advantages, returns, and what the old policy or critic said are
+    data."""
     tensors = [x.requires_grad_() for x in random_tensors(3).unbind()]
     first, *others = torch.autograd.grad(call(name, tensors, MASK), tensors, allow_unused=True)
     assert first.abs().sum() > 0
@@ -520,7 +538,8 @@ def test_masks_of_any_type_mean_the_same(name, dtype):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_token_weighs_the_same(name):
-    """Oracle: the loss of a long and a short row together is the mean over tokens, not over rows."""
+    """Oracle: the loss of a long and a short row together is the mean over tokens, not over
+    rows."""
     tensors = random_tensors(3, shape=(2, 4))
     mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]])
     rows = [call(name, [x[i : i + 1] for x in tensors], mask[i : i + 1]).item() for i in range(2)]
@@ -599,17 +618,47 @@ def test_inputs_are_left_as_they_were(name):
 @pytest.mark.parametrize("importance", IMPORTANCE)
 @pytest.mark.parametrize(("beta", "bias_correct"), [(0.0, False), (0.3, False), (0.3, True)])
 def test_grpo_loss_equals_trl(loss_type, importance, beta, bias_correct):
-    """Oracle: TRL's GRPOTrainer._compute_loss, value and gradient, with sequences of unequal length."""
+    """Oracle: TRL's GRPOTrainer._compute_loss, value and gradient, with sequences of unequal
+    length."""
     log_probs, old, both = ppo_batch()
     advantages, ref = both[:, 0], old + 0.3 * random_tensors(1, 7)[0]
     expected, slope = value_and_gradient(
-        lambda x: trl_loss(x, old, advantages, MASK, 0.2, 0.28, None, ref, beta, loss_type, importance, 9, bias_correct)[0],
+        lambda x: trl_loss(
+            x,
+            old,
+            advantages,
+            MASK,
+            0.2,
+            0.28,
+            None,
+            ref,
+            beta,
+            loss_type,
+            importance,
+            9,
+            bias_correct,
+        )[0],
         log_probs,
-    )  # fmt: skip
+    )
     value, gradient = value_and_gradient(
-        lambda x: grpo_loss(x, old, advantages, MASK, 0.2, 0.28, ref, beta, loss_type, importance, 9, bias_correct).loss,
+        lambda x: (
+            grpo_loss(
+                x,
+                old,
+                advantages,
+                MASK,
+                0.2,
+                0.28,
+                ref,
+                beta,
+                loss_type,
+                importance,
+                9,
+                bias_correct,
+            ).loss
+        ),
         log_probs,
-    )  # fmt: skip
+    )
     torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-15)
     torch.testing.assert_close(gradient, slope, rtol=1e-12, atol=1e-15)
     assert (gradient[~MASK.bool()] == 0).all()
@@ -617,20 +666,30 @@ def test_grpo_loss_equals_trl(loss_type, importance, beta, bias_correct):
 
 @pytest.mark.equation("eq:grpo-loss")
 def test_a_token_of_a_long_sequence_weighs_less_in_grpo_alone():
-    """Oracle: by hand: two sequences of 1 and 4 tokens at ratio 1 with A = 1; the gradient of a token is −1/(2·1) and
-    −1/(2·4) in grpo, −1/5 in dapo and bnpo, −1/(2·4) in dr_grpo with T = 4, −1/(2·10) with 10."""
+    """Oracle: by hand: two sequences of 1 and 4 tokens at ratio 1 with A = 1; the gradient of a
+    token is −1/(2·1) and −1/(2·4) in grpo, −1/5 in dapo and bnpo, −1/(2·4) in dr_grpo with T = 4,
+    −1/(2·10) with 10."""
     log_probs = torch.zeros(2, 4, dtype=torch.float64)
     mask, ones = torch.tensor([[1, 0, 0, 0], [1, 1, 1, 1]]), torch.ones(2)
-    wanted = {"grpo": (0.5, 0.125), "bnpo": (0.2, 0.2), "dapo": (0.2, 0.2), "dr_grpo": (0.125, 0.125)}  # fmt: skip
+    wanted = {
+        "grpo": (0.5, 0.125),
+        "bnpo": (0.2, 0.2),
+        "dapo": (0.2, 0.2),
+        "dr_grpo": (0.125, 0.125),
+    }
     for loss_type, (short, long) in wanted.items():
         _, gradient = value_and_gradient(
-            lambda x, kind=loss_type: grpo_loss(x, log_probs, ones, mask, loss_type=kind).loss, log_probs
-        )  # fmt: skip
+            lambda x, kind=loss_type: grpo_loss(x, log_probs, ones, mask, loss_type=kind).loss,
+            log_probs,
+        )
         assert gradient[0, 0].item() == pytest.approx(-short)
         assert gradient[1].tolist() == pytest.approx([-long] * 4)
     _, gradient = value_and_gradient(
-        lambda x: grpo_loss(x, log_probs, ones, mask, loss_type="dr_grpo", max_completion_length=10).loss, log_probs
-    )  # fmt: skip
+        lambda x: (
+            grpo_loss(x, log_probs, ones, mask, loss_type="dr_grpo", max_completion_length=10).loss
+        ),
+        log_probs,
+    )
     assert gradient[1].tolist() == pytest.approx([-0.05] * 4)
 
 
@@ -642,20 +701,26 @@ def test_advantages_by_sequence_or_by_token_are_the_same():
     for loss_type in GRPO_TYPES:
         found = grpo_loss(log_probs, old, both[:, 0], MASK, loss_type=loss_type)
         assert torch.equal(
-            torch.stack(found), torch.stack(grpo_loss(log_probs, old, wide, MASK, loss_type=loss_type))
-        )  # fmt: skip
+            torch.stack(found),
+            torch.stack(grpo_loss(log_probs, old, wide, MASK, loss_type=loss_type)),
+        )
 
 
 def test_garbage_behind_the_mask_changes_nothing():
     """Oracle: the loss and gradient of the clean batch."""
     log_probs, old, both = ppo_batch()
     ref = old + 0.1
-    clean = value_and_gradient(lambda x: grpo_loss(x, old, both[:, 0], MASK, ref_log_probs=ref, beta=0.1).loss, log_probs)  # fmt: skip
+    clean = value_and_gradient(
+        lambda x: grpo_loss(x, old, both[:, 0], MASK, ref_log_probs=ref, beta=0.1).loss, log_probs
+    )
     for garbage in GARBAGE:
         dirty = [x.masked_fill(~MASK.bool(), garbage) for x in (log_probs, old, ref)]
         value, gradient = value_and_gradient(
-            lambda x, d=dirty: grpo_loss(x, d[1], both[:, 0], MASK, ref_log_probs=d[2], beta=0.1).loss, dirty[0]
-        )  # fmt: skip
+            lambda x, d=dirty: (
+                grpo_loss(x, d[1], both[:, 0], MASK, ref_log_probs=d[2], beta=0.1).loss
+            ),
+            dirty[0],
+        )
         assert value.item() == clean[0].item()
         assert torch.equal(gradient, clean[1])
 

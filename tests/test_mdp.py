@@ -1,4 +1,5 @@
-"""The small decision process, against long rollouts of its matrices, autograd and random policies."""
+"""The small decision process, against long rollouts of its matrices, autograd and random
+policies."""
 
 import pytest
 import torch
@@ -35,7 +36,8 @@ def test_objective_and_visitation_are_those_of_a_long_walk(seed):
 
 
 def test_advantages_average_to_zero_under_the_policy():
-    """Oracle: Σ_a π(a|s)·A(s, a) = 0 by definition, and A = what one deviating step changes in a long walk."""
+    """Oracle: Σ_a π(a|s)·A(s, a) = 0 by definition, and A = what one deviating step changes in a
+    long walk."""
     policy = random_policy(1)
     advantages = world.advantages(CORRIDOR, policy)
     torch.testing.assert_close((policy * advantages).sum(1), torch.zeros(5, dtype=torch.float64))
@@ -67,7 +69,8 @@ def test_surrogate_touches_the_objective_with_the_same_gradient():
 
 @pytest.mark.equation("eq:surrogate")
 def test_surrogate_is_the_performance_difference_with_the_old_visits():
-    """Oracle: Kakade and Langford's identity: with the NEW policy's visits the same sum gives the objective exactly."""
+    """Oracle: Kakade and Langford's identity: with the NEW policy's visits the same sum gives the
+    objective exactly."""
     old, new = random_policy(3), random_policy(4)
     gain = (new * world.advantages(CORRIDOR, old)).sum(1)
     exact = world.objective(CORRIDOR, old) + by_simulation(CORRIDOR, new)[1] @ gain
@@ -80,7 +83,8 @@ def test_surrogate_is_the_performance_difference_with_the_old_visits():
 @pytest.mark.equation("eq:performance-bound")
 @pytest.mark.parametrize("seed", range(20))
 def test_bound_holds_and_its_penalty_is_the_theorem_s(seed):
-    """Oracle: the objective of 20 random pairs of policies; the penalty recomputed by loops over states."""
+    """Oracle: the objective of 20 random pairs of policies; the penalty recomputed by loops over
+    states."""
     old, new = random_policy(seed), random_policy(100 + seed, sharpness=2.0)
     bound = world.lower_bound(CORRIDOR, old, new).item()
     assert bound <= world.objective(CORRIDOR, new).item() + 1e-12

@@ -1,4 +1,5 @@
-"""Language models: tokenizers of five styles, LoRA by hand, the frozen reference, the value head."""
+"""Language models: tokenizers of five styles, LoRA by hand, the frozen reference, the value
+head."""
 
 import copy
 import os
@@ -34,7 +35,8 @@ END = "<|endoftext|>"
 
 
 def word_tokenizer(special, first=None, **roles):
-    """One token a word; `first` is a token that the tokenizer itself puts in front of every text."""
+    """One token a word; `first` is a token that the tokenizer itself puts in front of every
+    text."""
     vocabulary = {word: i for i, word in enumerate([*special, *WORDS])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=roles.get("unk_token")))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -253,7 +255,8 @@ def test_a_folder_without_a_tokenizer_is_an_error(tmp_path):
 
 
 def test_a_missing_folder_says_what_to_do(tmp_path):
-    """Oracle: the specification: two lines, the first with the name, the second with the remedies."""
+    """Oracle: the specification: two lines, the first with the name, the second with the
+    remedies."""
     with pytest.raises(OSError, match="No model") as caught:
         models.load(tmp_path / "nothing")
     missing, remedy = str(caught.value).splitlines()
@@ -273,7 +276,8 @@ def test_models_and_prompts_go_where_they_are_told():
 
 @pytest.mark.parametrize("style", STYLES)
 def test_prompts_are_padded_on_the_left_and_nothing_is_added(style):
-    """Oracle: the vocabulary: a word is its place in the list, whatever the tokenizer adds by itself."""
+    """Oracle: the vocabulary: a word is its place in the list, whatever the tokenizer adds by
+    itself."""
     _, tokenizer = models.load(tiny(), STYLES[style]()[0])
     first = tokenizer.convert_tokens_to_ids("the")
     tokens, mask = encode_prompts(tokenizer, ["the plot was good", "bad", "and slow"])
@@ -307,7 +311,8 @@ def test_prompts_that_cannot_be_encoded_are_refused():
 
 
 def test_the_mask_and_not_the_token_decides_what_is_decoded():
-    """Oracle: by hand; pad is eos here, a counted eos is dropped as special and what follows counts."""
+    """Oracle: by hand; pad is eos here, a counted eos is dropped as special and what follows
+    counts."""
     _, tokenizer = models.load(tiny(), STYLES["gpt2"]()[0])
     end, good, bad = tokenizer.convert_tokens_to_ids([END, "good", "bad"])
     tokens = torch.tensor([[good, end, bad], [good, bad, end], [end, good, bad]])
@@ -383,7 +388,8 @@ def test_other_layers_can_be_named():
 
 
 def test_a_second_adapter_is_refused(tmp_path):
-    """Oracle: the specification; also when the adapter came without PEFT's wrapper around the model."""
+    """Oracle: the specification; also when the adapter came without PEFT's wrapper around the
+    model."""
     policy = lora_policy(tiny())
     for model in (policy, policy.get_base_model()):
         with pytest.raises(ValueError, match="merge_and_unload"):
@@ -398,7 +404,8 @@ def test_a_model_without_known_attention_is_refused():
 
 
 def test_an_adapter_is_saved_alone_and_comes_back(tmp_path):
-    """Oracle: the policy's output before; the folder's files; 4 bytes for each number in A and B."""
+    """Oracle: the policy's output before; the folder's files; 4 bytes for each number in A and
+    B."""
     policy = lora_policy(tiny(), rank=2)
     train_a_little(policy)
     policy.save_pretrained(tmp_path)
@@ -415,7 +422,8 @@ def test_an_adapter_is_saved_alone_and_comes_back(tmp_path):
 
 
 def test_the_reference_of_a_fresh_adapter_is_the_same_model_without_it():
-    """Oracle: the model's output before any training, bit for bit, and the identity of the weights."""
+    """Oracle: the model's output before any training, bit for bit, and the identity of the
+    weights."""
     model = tiny()
     before = logits_of(model)
     policy = lora_policy(model)
@@ -507,8 +515,8 @@ def test_a_trained_adapter_has_no_reference_of_its_own(tmp_path):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_values_are_those_of_each_sequence_alone(name):
-    """Oracle: hidden state times weight plus bias, one sequence at a time without padding, the state
-    before each token; openai-gpt and opt included."""
+    """Oracle: hidden state times weight plus bias, one sequence at a time without padding, the
+    state before each token; openai-gpt and opt included."""
     model = family(name)
     value = ValueModel(model)
     torch.nn.init.normal_(value.head.weight)
@@ -571,7 +579,8 @@ def test_the_trunk_is_a_copy_or_the_models_own():
 
 
 def test_the_trunk_of_a_lora_policy_comes_with_its_adapter():
-    """Oracle: the policy's own hidden states, and that only the adapter and the head are trained."""
+    """Oracle: the policy's own hidden states, and that only the adapter and the head are
+    trained."""
     policy = lora_policy(tiny())
     train_a_little(policy)
     value = ValueModel(policy.eval())
@@ -703,6 +712,7 @@ print(len(imdb.texts("held_out", 200)))
 """
 
 
+@pytest.mark.slow
 def test_scale_gpt2_loads_from_the_cache_without_a_network(tmp_path):
     """Oracle: by hand; the real names, the real context length, GPT-2's one special token."""
     fake_hub.make(tmp_path)
@@ -715,6 +725,7 @@ def test_scale_gpt2_loads_from_the_cache_without_a_network(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_without_network_and_cache_two_lines_say_what_to_do(tmp_path):
     """Oracle: the specification."""
     run = offline(CODE, tmp_path)

@@ -93,7 +93,8 @@ def gradients(run):
 
 
 def nudged(run, by=0.02):
-    """Move the policy and the value function, so that ratios are no longer 1 and some are clipped."""
+    """Move the policy and the value function, so that ratios are no longer 1 and some are
+    clipped."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for model in (run.policy, run.value_model):
@@ -116,7 +117,7 @@ def without_seconds(history):
     return [[v for k, v in m._asdict().items() if k not in SECONDS] for m in history]
 
 
-# --- collect ---------------------------------------------------------------------------------------
+# --- collect -------------------------------------------------------------------------------------
 
 
 @pytest.mark.equation("eq:kl-reward")
@@ -131,8 +132,8 @@ def test_the_reward_of_each_token_by_hand():
 
 @pytest.mark.equation("eq:kl-reward")
 def test_the_rewards_of_a_rollout_sum_to_score_less_price_and_the_score_is_at_the_end():
-    """Oracle: log-ratios of the policy and of a copy made before it moved, one sequence at a time; and
-    the same batch with twice the score, which may differ at the last token alone."""
+    """Oracle: log-ratios of the policy and of a copy made before it moved, one sequence at a time;
+    and the same batch with twice the score, which may differ at the last token alone."""
     run = started(dtype=torch.float64)
     before = copy.deepcopy(run.policy)
     nudged(run)
@@ -233,7 +234,7 @@ def test_a_first_ratio_other_than_one_stops_the_run(fault, entropy):
     assert ppo.update(run, batch, config)["updates"] == 4
 
 
-# --- advantages ------------------------------------------------------------------------------------
+# --- advantages ----------------------------------------------------------------------------------
 
 REWARDS = torch.tensor([[1.0, 2.0, 3.0], [4.0, 0.0, 0.0], [0.0, 8.0, 0.0], [2.0, 2.0, 2.0]])
 MASK = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 1]]).bool()
@@ -284,7 +285,7 @@ def test_the_group_baseline_is_the_mean_of_the_others_and_discount_reaches_the_r
     assert not advantages[~mask].any()
 
 
-# --- the gradient ----------------------------------------------------------------------------------
+# --- the gradient --------------------------------------------------------------------------------
 
 
 def plain_loss(run, batch, rows, config, with_prompt=False):
@@ -332,8 +333,9 @@ VARIANTS = {
 @pytest.mark.parametrize("moved", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_gradient_is_that_of_the_objective_written_out(variant, moved, lora):
-    """Oracle: autograd of plain PyTorch, each sequence alone; at the first update, and after the policy
-    has moved so far that ratios are clipped. With the prompts' tokens in the loss it is another."""
+    """Oracle: autograd of plain PyTorch, each sequence alone; at the first update, and after the
+    policy has moved so far that ratios are clipped. With the prompts' tokens in the loss it is
+    another."""
     config = dataclasses.replace(SMALL, max_grad_norm=1e9, **VARIANTS[variant])
     run = started(config, lora=lora, dtype=torch.float64)
     batch = collected(run, config)
@@ -387,9 +389,14 @@ def test_micro_batches_give_the_gradient_of_the_whole(micro_batch, variant):
     found = []
     for size in (None, micro_batch):
         config = dataclasses.replace(
-            SMALL, max_new_tokens=20, micro_batch=size, mini_batches=1, max_grad_norm=1e9,
-            ptx_coefficient=0.3, **VARIANTS[variant]
-        )  # fmt: skip
+            SMALL,
+            max_new_tokens=20,
+            micro_batch=size,
+            mini_batches=1,
+            max_grad_norm=1e9,
+            ptx_coefficient=0.3,
+            **VARIANTS[variant],
+        )
         run = started(config, dtype=torch.float64)
         batch = collected(run, config)
         nudged(run)
@@ -437,7 +444,7 @@ def test_the_ptx_examples_differ_from_update_to_update():
         assert len({ppo.ptx_loss(run, examples, 2).item() for _ in range(6)}) > 2
 
 
-# --- update ----------------------------------------------------------------------------------------
+# --- update --------------------------------------------------------------------------------------
 
 
 def test_every_prompt_is_used_once_a_pass(monkeypatch):
@@ -513,9 +520,14 @@ def test_values_learn_to_foresee_what_the_prompt_decides():
     """Oracle: the reward, +1 after one prompt and −1 after another whatever follows, so all of its
     variance can be foreseen."""
     config = dataclasses.replace(
-        SMALL, iterations=15, max_new_tokens=3, kl_coefficient=0.0, learning_rate=1e-5,
-        value_learning_rate=1e-2, warm_up=0.0
-    )  # fmt: skip
+        SMALL,
+        iterations=15,
+        max_new_tokens=3,
+        kl_coefficient=0.0,
+        learning_rate=1e-5,
+        value_learning_rate=1e-2,
+        warm_up=0.0,
+    )
 
     def reward(prompts, completions):
         return [1.0 if prompt == "f" else -1.0 for prompt in prompts]
@@ -529,7 +541,8 @@ def test_values_learn_to_foresee_what_the_prompt_decides():
 
 
 def test_the_metrics_of_a_batch_by_hand():
-    """Oracle: plain loops over the rows of the batch, and the full softmax of each sequence alone."""
+    """Oracle: plain loops over the rows of the batch, and the full softmax of each sequence
+    alone."""
     run = started()
     nudged(run)
     batch = collected(run)
@@ -565,30 +578,7 @@ def test_the_metrics_of_a_batch_by_hand():
     assert found == pytest.approx(wanted, rel=1e-4, abs=1e-5)
 
 
-# --- the order of prompts --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("count", "prompts"), [(12, 4), (10, 4), (3, 7)])
-def test_each_pass_takes_every_prompt_once_and_passes_differ(count, prompts):
-    """Oracle: the multiset of the indices of each pass."""
-    config = Config(prompts=prompts)
-    rounds = 4 * count
-    taken = [i for k in range(rounds) for i in ppo.prompt_indices(count, k, config)]
-    passes = [tuple(taken[i : i + count]) for i in range(0, len(taken), count)]
-    assert all(sorted(one) == list(range(count)) for one in passes)
-    assert len(set(passes)) > min(2, math.factorial(count) // 4)
-
-
-def test_an_iteration_takes_its_prompts_whatever_came_before():
-    """Oracle: the same call again, after others and after draws from the global generator."""
-    first = ppo.prompt_indices(10, 7, SMALL)
-    torch.manual_seed(3)
-    [ppo.prompt_indices(10, k, SMALL) for k in range(7)]
-    assert ppo.prompt_indices(10, 7, SMALL) == first
-    other = dataclasses.replace(SMALL, seed=1)
-    assert [ppo.prompt_indices(10, k, other) for k in range(5)] != [
-        ppo.prompt_indices(10, k, SMALL) for k in range(5)
-    ]
+# --- prompts and their columns -------------------------------------------------------------------
 
 
 def test_prompts_and_columns_arrive_together():
@@ -606,7 +596,7 @@ def test_prompts_and_columns_arrive_together():
     assert sorted(pairs[0][0] + pairs[1][0]) == sorted(PROMPTS * 3)
 
 
-# --- what stops a run ------------------------------------------------------------------------------
+# --- what stops a run ----------------------------------------------------------------------------
 
 
 def poison(model):
@@ -687,9 +677,12 @@ def test_a_fault_that_lasts_stops_the_run_and_one_that_passes_does_not(healthy, 
 def test_a_run_whose_completions_all_earn_the_same_stops(same):
     """Oracle: the constant; numbers that float32 cannot hold exactly are among them."""
     run = ppo.train(
-        small_policy(), TOKENIZER, PROMPTS, lambda prompts, texts: [same] * len(texts),
+        small_policy(),
+        TOKENIZER,
+        PROMPTS,
+        lambda prompts, texts: [same] * len(texts),
         dataclasses.replace(SMALL, iterations=20, epochs=1, max_new_tokens=3),
-    )  # fmt: skip
+    )
     assert len([next(run) for _ in range(ppo.PATIENCE)]) == ppo.PATIENCE
     with pytest.raises(TrainingStopped, match="earned the same") as caught:
         next(run)
@@ -697,8 +690,8 @@ def test_a_run_whose_completions_all_earn_the_same_stops(same):
 
 
 def test_a_policy_that_writes_one_text_stops_the_run():
-    """Oracle: a model whose logits are a hundred times as large, which writes the likeliest text; the
-    scores differ by chance."""
+    """Oracle: a model whose logits are a hundred times as large, which writes the likeliest text;
+    the scores differ by chance."""
     policy = small_policy()
     with torch.no_grad():
         policy.transformer.ln_f.weight.mul_(100)
@@ -745,16 +738,36 @@ def test_a_reward_that_is_nan_is_refused_with_its_example():
         *[({name: 0}, f"{name}=0 must lie") for name in ppo._COUNTS],
         *[({name: 0}, f"{name}=0 must lie") for name in ppo._POSITIVE],
         *[({name: math.nan}, f"{name}=nan must lie") for name in ppo._POSITIVE],
-        *[({name: -1}, f"{name}=-1 must lie") for name in ("kl_coefficient", "entropy_coefficient", "ptx_coefficient", "missing_end_penalty")],
+        *[
+            ({name: -1}, f"{name}=-1 must lie")
+            for name in (
+                "kl_coefficient",
+                "entropy_coefficient",
+                "ptx_coefficient",
+                "missing_end_penalty",
+            )
+        ],
         *[({name: 1.5}, f"{name}=1.5 must lie") for name in ("gamma", "lam", "warm_up")],
-        *[({name: 0}, f"{name}=0 must lie") for name in ("value_clip", "kl_target", "stop_kl", "micro_batch")],
+        *[
+            ({name: 0}, f"{name}=0 must lie")
+            for name in ("value_clip", "kl_target", "stop_kl", "micro_batch")
+        ],
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_settings_out_of_range_are_refused_by_name_before_anything_is_sampled(changes, message):
     config = dataclasses.replace(SMALL, **changes)
     with pytest.raises(ValueError, match=message):
-        next(ppo.train(small_policy(), TOKENIZER, PROMPTS, None, config, ptx=PTX * (message != "ptx is empty")))  # fmt: skip
+        next(
+            ppo.train(
+                small_policy(),
+                TOKENIZER,
+                PROMPTS,
+                None,
+                config,
+                ptx=PTX * (message != "ptx is empty"),
+            )
+        )
 
 
 @pytest.mark.parametrize(
@@ -772,7 +785,7 @@ def test_bad_data_is_refused_by_name(prompts, more, message):
         next(ppo.train(small_policy(), TOKENIZER, prompts, early, SMALL, **more))
 
 
-# --- a language whose optimum is known -------------------------------------------------------------
+# --- a language whose optimum is known -----------------------------------------------------------
 
 
 def test_letters_stand_for_the_tokens_of_a_language():
@@ -813,9 +826,16 @@ def test_training_closes_the_gap_to_the_optimal_policy(baseline):
     start = distribution()
     optimum = world.optimal_policy(start, utilities, beta)
     config = Config(
-        iterations=30, prompts=32, samples_per_prompt=4, max_new_tokens=4, epochs=2,
-        mini_batches=2, learning_rate=3e-3, kl_coefficient=beta, baseline=baseline,
-    )  # fmt: skip
+        iterations=30,
+        prompts=32,
+        samples_per_prompt=4,
+        max_new_tokens=4,
+        epochs=2,
+        mini_batches=2,
+        learning_rate=3e-3,
+        kl_coefficient=beta,
+        baseline=baseline,
+    )
     reward = world.reward(language, utilities)
     list(ppo.train(policy, world.tokenizer(language), [""], reward, config))
     before = world.kl(start, optimum).item()
@@ -823,12 +843,19 @@ def test_training_closes_the_gap_to_the_optimal_policy(baseline):
     assert world.kl(distribution(), optimum).item() < 0.1 * before
 
 
-# --- a run that goes on ----------------------------------------------------------------------------
+# --- a run that goes on --------------------------------------------------------------------------
 
 LONG = dataclasses.replace(
-    SMALL, iterations=40, max_new_tokens=5, samples_per_prompt=2, epochs=1, learning_rate=5e-3,
-    kl_target=0.3, kl_horizon=60, ptx_coefficient=0.1,
-)  # fmt: skip
+    SMALL,
+    iterations=40,
+    max_new_tokens=5,
+    samples_per_prompt=2,
+    epochs=1,
+    learning_rate=5e-3,
+    kl_target=0.3,
+    kl_horizon=60,
+    ptx_coefficient=0.1,
+)
 FIVE_PROMPTS = [*PROMPTS, "h g f"]
 
 
@@ -912,7 +939,11 @@ def test_another_run_is_not_gone_on_with(tmp_path):
         with pytest.raises(ValueError, match="prompts is"):
             next(going(tmp_path, config=config, prompts=prompts))
     with pytest.raises(ValueError, match="prompts is"):
-        next(ppo.train(small_policy(), TOKENIZER, FIVE_PROMPTS, early, config, ptx=PTX[:2], folder=tmp_path))  # fmt: skip
+        next(
+            ppo.train(
+                small_policy(), TOKENIZER, FIVE_PROMPTS, early, config, ptx=PTX[:2], folder=tmp_path
+            )
+        )
 
 
 # What follows up to the test runs in another process, which copies itself
@@ -971,6 +1002,7 @@ def main(folder):
     print(json.dumps([reached, ends]))
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path):
     """Oracle: the same run undisturbed, in the same process: weights of policy and value function,
     optimiser, generators and metrics but the seconds. One thread, set by the child."""
@@ -1015,32 +1047,3 @@ def test_an_evaluation_samples_judges_and_learns_nothing():
     assert all(torch.equal(before[name], w) for name, w in policy.state_dict().items())
     again = ppo.evaluate(policy, reference, words, [""], judges, config)
     assert again.texts == found.texts
-
-
-def metrics(iteration):
-    values = dict.fromkeys(ppo.Metrics._fields, 0.5)
-    return ppo.Metrics(**values | {"iteration": iteration, "score": 1.25, "kl": 3.5})
-
-
-def test_the_bar_shows_score_and_kl_and_passes_everything_on(capsys):
-    history = [metrics(i) for i in (1, 2, 3)]
-    assert list(ppo.watch(iter(history), 3)) == history
-    bar = capsys.readouterr().err
-    assert "3/3" in bar
-    assert "score 1.25, KL 3.5 nats" in bar
-
-
-def test_curves_go_to_tensorboard_where_it_is_installed(tmp_path, monkeypatch):
-    """Oracle: a writer that keeps what it is given; without the library, the fix is named."""
-    written = []
-    writer = type("Writer", (), {"__init__": lambda self, folder: written.append(folder), "add_scalar": lambda self, *row: written.append(row), "close": lambda self: written.append("closed")})  # fmt: skip
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", type(sys)("fake"))
-    sys.modules["torch.utils.tensorboard"].SummaryWriter = writer
-    list(ppo.watch(iter([metrics(1), metrics(2)]), 2, tmp_path))
-    assert written[0] == str(tmp_path)
-    assert ("kl", 3.5, 2) in written
-    assert written[-1] == "closed"
-    assert len(written) == 2 + 2 * len(ppo.Metrics._fields)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ImportError, match="pip install tensorboard"):
-        next(ppo.watch(iter([metrics(1)]), 1, tmp_path))

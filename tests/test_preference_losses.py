@@ -1,5 +1,5 @@
-"""Losses of comparisons: values and gradients against closed forms, enumeration of all rankings, TRL, SciPy's logistic
-distribution and finite differences."""
+"""Losses of comparisons: values and gradients against closed forms, enumeration of all rankings,
+TRL, SciPy's logistic distribution and finite differences."""
 
 import itertools
 import math
@@ -35,7 +35,8 @@ def central_differences(function, x, step=1e-6):
 
 @pytest.mark.equation("eq:bradley-terry")
 def test_by_hand():
-    """Oracle: by hand: scores log 3 apart give the chosen one 3/4, so the loss is log(4/3); with a margin of log 3 it is log 2."""
+    """Oracle: by hand: scores log 3 apart give the chosen one 3/4, so the loss is log(4/3); with a
+    margin of log 3 it is log 2."""
     chosen, rejected = double([math.log(3.0) + 5]), double([5.0])
     assert bradley_terry_loss(chosen, rejected).item() == pytest.approx(math.log(4 / 3))
     with_margin = bradley_terry_loss(chosen, rejected, margin=math.log(3.0))
@@ -46,7 +47,8 @@ def test_by_hand():
 
 @pytest.mark.equation("eq:bradley-terry")
 def test_value_and_gradient_with_everything_given():
-    """Oracle: SciPy's logistic distribution for the value, one pair at a time; σ(z) − p, weighted, for the gradient."""
+    """Oracle: SciPy's logistic distribution for the value, one pair at a time; σ(z) − p, weighted,
+    for the gradient."""
     chosen, rejected, margin = normal(3, 7)
     preference, weight = torch.sigmoid(normal(7, seed=1)), normal(7, seed=2).abs()
     z = (chosen - rejected - margin).numpy()
@@ -106,7 +108,8 @@ def test_equals_trl(with_margin):
 @pytest.mark.equation("eq:bradley-terry")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_scores_far_apart(dtype):
-    """Oracle: −log σ(z) is −z for z = −2000 and 0 for z = 2000, with slopes −1 and 0; σ itself has no logarithm there."""
+    """Oracle: −log σ(z) is −z for z = −2000 and 0 for z = 2000, with slopes −1 and 0; σ itself has
+    no logarithm there."""
     far = torch.tensor([1000.0], dtype=dtype)
     assert value_and_gradient(lambda x: bradley_terry_loss(x, far), -far) == (2000.0, -1.0)
     assert value_and_gradient(lambda x: bradley_terry_loss(x, -far), far) == (0.0, 0.0)
@@ -116,7 +119,8 @@ def test_scores_far_apart(dtype):
 
 @pytest.mark.equation("eq:bradley-terry")
 def test_soft_labels_are_fitted_at_their_log_odds():
-    """Oracle: the minimum over z of the cross-entropy with label p is at log(p/(1 − p)), where it is the entropy of p."""
+    """Oracle: the minimum over z of the cross-entropy with label p is at log(p/(1 − p)), where it
+    is the entropy of p."""
     p = double([0.1, 0.5, 0.9])
     value, gradient = value_and_gradient(
         lambda x: bradley_terry_loss(x, torch.zeros(3).double(), preference=p), torch.logit(p)
@@ -128,7 +132,8 @@ def test_soft_labels_are_fitted_at_their_log_odds():
 
 @pytest.mark.equation("eq:bradley-terry")
 def test_what_weights_and_constants_do():
-    """Oracle: a weight of 2 is the pair twice; a weight of 0 is no pair; exchanging the responses exchanges p and 1 − p."""
+    """Oracle: a weight of 2 is the pair twice; a weight of 0 is no pair; exchanging the responses
+    exchanges p and 1 − p."""
     chosen, rejected = normal(2, 3)
     twice = bradley_terry_loss(chosen[[0, 0, 2]], rejected[[0, 0, 2]])
     weighted = bradley_terry_loss(chosen, rejected, weight=double([2.0, 0.0, 1.0]))
@@ -144,7 +149,8 @@ def test_what_weights_and_constants_do():
 
 
 def test_labels_of_another_type_take_the_type_of_the_scores():
-    """Oracle: the same numbers in the type of the scores, so that a double label makes no double loss."""
+    """Oracle: the same numbers in the type of the scores, so that a double label makes no double
+    loss."""
     chosen, rejected = normal(2, 3).float()
     labels, weights = double([1, 0, 0.5]), torch.tensor([1, 2, 3])
     result = bradley_terry_loss(chosen, rejected, preference=labels, weight=weights)
@@ -178,7 +184,8 @@ def test_ranking_by_hand():
 
 @pytest.mark.equation("eq:plackett-luce")
 def test_sorting_noisy_scores_gives_each_ranking_its_probability():
-    """Oracle: counts. Scores plus Gumbel noise, sorted, are 200,000 draws from the model; within 4 standard errors."""
+    """Oracle: counts. Scores plus Gumbel noise, sorted, are 200,000 draws from the model; within 4
+    standard errors."""
     scores, n = double([0.5, 0.0, -1.0]), 200_000
     noise = np.random.default_rng(0).gumbel(size=(n, 3))
     order = (scores.numpy() + noise).argsort(1)[:, ::-1]
@@ -211,7 +218,8 @@ def test_two_responses_are_a_pair(scale):
 
 @pytest.mark.equation("eq:plackett-luce")
 def test_rankings_of_scores_far_apart():
-    """Oracle: by hand: the wrong way round, each choice costs the 1000 or 2000 it is behind the best of the rest."""
+    """Oracle: by hand: the wrong way round, each choice costs the 1000 or 2000 it is behind the
+    best of the rest."""
     value, gradient = value_and_gradient(plackett_luce_loss, torch.tensor([[-1000.0, 0.0, 1000.0]]))
     assert value == 2000 + 1000
     assert gradient.tolist() == [[-1.0, -1.0, 2.0]]
@@ -234,7 +242,8 @@ def outcome_probabilities(a, b, threshold):
 @pytest.mark.parametrize("scores", SCORES)
 @pytest.mark.parametrize("threshold", [0.01, 0.7, 5.0])
 def test_the_three_outcomes(scores, threshold):
-    """Oracle: SciPy's logistic distribution: a difference that is felt with logistic noise lies above, within or below the threshold."""
+    """Oracle: SciPy's logistic distribution: a difference that is felt with logistic noise lies
+    above, within or below the threshold."""
     p = outcome_probabilities(*scores, threshold)
     felt = logistic(loc=scores[0] - scores[1])
     within = felt.cdf(threshold) - felt.cdf(-threshold)
@@ -276,7 +285,8 @@ def test_gradients_of_scores_and_threshold():
 
 @pytest.mark.equation("eq:rao-kupper")
 def test_ties_of_scores_far_apart_and_thresholds_far_out():
-    """Oracle: by hand: a tie at a difference of 2000 with threshold 1 costs 2001 − log(e^2 − 1); at a threshold of 1000 it costs 0."""
+    """Oracle: by hand: a tie at a difference of 2000 with threshold 1 costs 2001 − log(e^2 − 1); at
+    a threshold of 1000 it costs 0."""
     tie, far = torch.tensor([0.5]), torch.tensor([1000.0])
     value = rao_kupper_loss(far, -far, tie, 1.0)
     assert value.item() == pytest.approx(2001 - math.log(math.exp(2) - 1), rel=1e-6)

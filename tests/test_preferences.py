@@ -1,4 +1,5 @@
-"""Pairs and their files, simulated annotators, agreement, strengths: against counts, SciPy, published examples and choix."""
+"""Pairs and their files, simulated annotators, agreement, strengths: against counts, SciPy,
+published examples and choix."""
 
 import itertools
 import json
@@ -64,7 +65,8 @@ def test_what_is_written_reads_back(rows, tmp_path):
 
 
 def test_a_file_of_others_is_read(tmp_path):
-    """Empty lines, carriage returns, a byte-order mark and a last line without an end change nothing."""
+    """Empty lines, carriage returns, a byte-order mark and a last line without an end change
+    nothing."""
     path = tmp_path / "pairs.jsonl"
     lines = [json.dumps(PAIR), "", json.dumps(row(tie=True)), "  "]
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join([*lines, json.dumps(PAIR)]).encode())
@@ -201,7 +203,8 @@ SHOWN = [("b", "a"), ("a", "c"), ("b one two", "c")]
 
 
 def by_hand(annotator, first, second):
-    """P(first preferred), P(tie), P(second preferred), from the logistic distribution of what is felt."""
+    """P(first preferred), P(tie), P(second preferred), from the logistic distribution of what is
+    felt."""
     longer = len(first.split()) - len(second.split())
     z = (LETTERS[first[0]] - LETTERS[second[0]]) / annotator.temperature
     z += annotator.length_bias * longer + annotator.position_bias
@@ -232,7 +235,8 @@ def test_large_utilities_keep_their_differences():
 
 @pytest.mark.parametrize("shown", SHOWN)
 def test_labels_come_as_often_as_they_should(shown):
-    """Oracle: counts of 20,000 labels, within 4 standard errors; the labels of two annotators are independent."""
+    """Oracle: counts of 20,000 labels, within 4 standard errors; the labels of two annotators are
+    independent."""
     labels = annotate(*repeated(*shown), utility, ANNOTATORS, seed=1).preferences.numpy()
     assert labels.shape == (N, len(ANNOTATORS))
     for annotator, column in zip(ANNOTATORS, labels.T, strict=True):
@@ -242,7 +246,8 @@ def test_labels_come_as_often_as_they_should(shown):
 
 
 def test_rows_say_what_the_labels_say():
-    """Oracle: the rows rebuilt from the labels; strength is the size of a logistic variable around z."""
+    """Oracle: the rows rebuilt from the labels; strength is the size of a logistic variable around
+    z."""
     prompts = [f"{i}" for i in range(500)]
     first, second = ["b"] * 500, ["a"] * 500
     two = [Annotator("plain"), Annotator("undecided", tie_threshold=1.0)]
@@ -278,7 +283,8 @@ def test_the_same_seed_gives_the_same_labels_in_another_process():
 
 
 def test_labels_are_those_that_the_losses_assume():
-    """Oracle: the losses are least, over all strengths and thresholds of a grid, at those the labels were made with."""
+    """Oracle: the losses are least, over all strengths and thresholds of a grid, at those the
+    labels were made with."""
     one = [Annotator("undecided", tie_threshold=0.7)]
     labels = annotate(*repeated("b", "a"), utility, one).preferences[:, 0]
     grid = list(itertools.product(np.arange(0, 2.01, 0.1), np.arange(0.1, 1.51, 0.1)))
@@ -293,7 +299,8 @@ def test_labels_are_those_that_the_losses_assume():
 
 
 def test_the_ceiling_is_what_the_best_predictor_reaches():
-    """Oracle: accuracy of the likelier label on 60,000 labels without ties, within 4 standard errors; and by hand."""
+    """Oracle: accuracy of the likelier label on 60,000 labels without ties, within 4 standard
+    errors; and by hand."""
     shown = [repeated(*pair) for pair in SHOWN]
     columns = [list(itertools.chain(*column)) for column in zip(*shown, strict=True)]
     one = [Annotator("all at once", 2.0, -0.1, -0.5, 0.2, 0.4)]
@@ -325,7 +332,8 @@ def test_the_ceiling_of_who_does_not_know_the_order():
 
 # --- agreement
 
-# Fleiss 1971, as on the page Fleiss' kappa of Wikipedia: ten items, fourteen annotators, kappa 0.20993
+# Fleiss 1971, as on the page Fleiss' kappa of Wikipedia: ten items, fourteen annotators, kappa
+# 0.20993
 FLEISS = [
     [0, 0, 0, 0, 14],
     [0, 2, 6, 4, 2],
@@ -339,7 +347,8 @@ FLEISS = [
     [0, 2, 2, 3, 7],
 ]
 GAP = math.nan
-# Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability", section C: four observers, twelve units
+# Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability", section C: four observers, twelve
+# units
 KRIPPENDORFF = [
     [1, 2, 3, 3, 2, 1, 4, 1, 2, GAP, GAP, GAP],
     [1, 2, 3, 3, 2, 2, 4, 1, 2, 5, GAP, 3],
@@ -374,7 +383,8 @@ def simulated_ratings(n, seed=0):
 
 
 def test_the_interval_is_that_of_the_bootstrap():
-    """Oracle: SciPy's percentile bootstrap over items with another seed, to a twentieth of the interval's width."""
+    """Oracle: SciPy's percentile bootstrap over items with another seed, to a twentieth of the
+    interval's width."""
     ratings = simulated_ratings(150)
     table = aggregate_raters(ratings.numpy())[0]
 
@@ -405,7 +415,8 @@ def test_the_interval_is_that_of_the_bootstrap():
 
 
 def test_agreement_of_annotators_who_do_not_look():
-    """Oracle: they agree by chance alone, so both coefficients are 0 within their intervals; one who is copied gives 1."""
+    """Oracle: they agree by chance alone, so both coefficients are 0 within their intervals; one
+    who is copied gives 1."""
     annotators = [Annotator(f"{i}", noise=1.0) for i in range(3)]
     ratings = annotate(*repeated("b", "a", n=400), utility, annotators).preferences
     alpha = preferences.krippendorff_alpha(ratings)
@@ -425,7 +436,8 @@ def test_items_with_one_rating_do_not_count():
 
 
 def test_resamples_without_a_coefficient_are_left_out():
-    """Oracle: by hand: a quarter of the resamples hold the first item twice, and with it a single category."""
+    """Oracle: by hand: a quarter of the resamples hold the first item twice, and with it a single
+    category."""
     found = preferences.fleiss_kappa([[2, 0], [1, 1]])
     assert all(map(math.isfinite, found))
 
@@ -462,7 +474,8 @@ def test_strengths_of_two_items_are_their_log_odds():
 
 
 def test_strengths_of_a_long_chain():
-    """Oracle: neighbours alone were compared, so each gap is the log-odds of a pair: log 100, twenty times."""
+    """Oracle: neighbours alone were compared, so each gap is the log-odds of a pair: log 100,
+    twenty times."""
     wins = np.diag([100.0] * 20, 1) + np.diag([1.0] * 20, -1)
     found = preferences.fit_strengths(wins)
     np.testing.assert_allclose(-np.diff(found), math.log(100), atol=1e-5)
@@ -478,7 +491,8 @@ def test_the_fitted_wins_are_the_wins():
 
 
 def violations_by_hand(p):
-    """Triples in which some order a, b, c has P(a over b) ≥ ½, P(b over c) ≥ ½ and P(a over c) < ½."""
+    """Triples in which some order a, b, c has P(a over b) ≥ ½, P(b over c) ≥ ½ and P(a over c) <
+    ½."""
     return sum(
         any(
             p[a][b] >= 0.5 and p[b][c] >= 0.5 and p[a][c] < 0.5
@@ -499,7 +513,8 @@ def test_intransitive_triples(seed):
 
 
 def test_strengths_never_break_transitivity_and_a_cycle_does():
-    """Oracle: Bradley-Terry probabilities are transitive; scissors, paper, stone are the one triple that is not."""
+    """Oracle: Bradley-Terry probabilities are transitive; scissors, paper, stone are the one triple
+    that is not."""
     r = preferences.fit_strengths(wins_of(8, 1, 20, seed=1))
     bradley_terry = torch.sigmoid(r[:, None] - r[None, :])
     assert preferences.stochastic_transitivity_violations(bradley_terry) == 0
@@ -532,7 +547,10 @@ PLAIN = [Annotator("plain")]
         (lambda: annotate(*ONE, utility, PLAIN * 2), "the names ['plain', 'plain']"),
         (
             lambda: choice_probabilities(["?"] * 2, ["a", "b"], ["c", "b"], utility, PLAIN),
-            "first (as chosen) and second (as rejected): 1 bad; correct them or leave them out\npair 1: chosen equals rejected",
+            (
+                "first (as chosen) and second (as rejected): 1 bad; correct them or leave them"
+                " out\npair 1: chosen equals rejected"
+            ),
         ),
         (lambda: annotate(*ONE, lambda p, r: [], PLAIN), "utility gave 0 numbers for 1 responses"),
         (lambda: annotate(*ONE, lambda p, r: [None], PLAIN), "utility[0] is nan"),
@@ -547,7 +565,10 @@ PLAIN = [Annotator("plain")]
         (lambda: preferences.fleiss_kappa([[3, 0], [1, 1]]), "sums from 2 to 3"),
         (lambda: preferences.fleiss_kappa([[1, 0], [0, 1]]), "sums from 1 to 1"),
         (lambda: preferences.fleiss_kappa([[2, 0], [2, 0]]), "only one category in use"),
-        (lambda: preferences.krippendorff_alpha([[1, 2]] * 2, "exact"), "level='exact' is unknown"),
+        (
+            lambda: preferences.krippendorff_alpha([[1, 2]] * 2, "exact"),
+            "level='exact' is unknown",
+        ),
         (lambda: preferences.krippendorff_alpha([1, 2]), "ratings has shape (2,)"),
         (lambda: preferences.krippendorff_alpha([[1, math.inf]] * 2), "pass finite"),
         (lambda: preferences.krippendorff_alpha([[1, GAP], [1, 2]]), "fewer than two items"),
@@ -581,7 +602,8 @@ def test_bad_input_is_named(call, message):
 
 
 def test_pairs_are_sampled_from_the_policy_and_can_be_compared():
-    """Oracle: the openings, and the same run again; a policy that writes one word can give no pairs."""
+    """Oracle: the openings, and the same run again; a policy that writes one word can give no
+    pairs."""
     policy, tokenizer = models.load(models.TINY)
     prompts = reviews.openings("validation", 20)
     runs = [

@@ -18,7 +18,8 @@ def run(baseline, offset=0.0, batch_size=4, runs=20, steps=300, seed=0):
 
 
 def test_update_is_one_step_along_the_enumerated_estimate():
-    """Oracle: a loop over runs and samples of A·(one-hot − π), averaged over the batch of each run alone."""
+    """Oracle: a loop over runs and samples of A·(one-hot − π), averaged over the batch of each run
+    alone."""
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 4, generator=g, dtype=torch.float64)
     actions = torch.randint(4, (3, 5), generator=g)
@@ -36,7 +37,8 @@ def test_update_is_one_step_along_the_enumerated_estimate():
 
 @pytest.mark.parametrize("baseline", reinforce.BASELINES)
 def test_it_learns(baseline):
-    """Oracle: the optimum: the gap to the best arm's mean shrinks to a fifth of the uniform policy's."""
+    """Oracle: the optimum: the gap to the best arm's mean shrinks to a fifth of the uniform
+    policy's."""
     bandit, _, history = run(baseline)
     gap = bandit.optimal_value() - torch.stack([m.expected_reward for m in history], 1).T
     assert gap[-1].mean() < 0.2 * gap[0].mean()
@@ -59,7 +61,8 @@ def test_leave_one_out_does_not_feel_a_constant_added_to_all_rewards():
 
 
 def test_running_mean_uses_only_rewards_before_the_batch():
-    """Oracle: with one step there is no past, so the running mean is 0 and the update that of no baseline."""
+    """Oracle: with one step there is no past, so the running mean is 0 and the update that of no
+    baseline."""
     _, with_mean, _ = run("running_mean", steps=1, offset=4.0)
     _, without, _ = run("none", steps=1, offset=4.0)
     torch.testing.assert_close(with_mean.detach(), without.detach())

@@ -1,4 +1,5 @@
-"""The grammar of reviews: one derivation a text, probabilities that sum to one, an entropy that samples confirm."""
+"""The grammar of reviews: one derivation a text, probabilities that sum to one, an entropy that
+samples confirm."""
 
 import itertools
 import math
@@ -51,7 +52,8 @@ def test_no_opening_can_be_made_in_two_ways():
     frames = reviews._openings().values
     pieces = [tuple(frame.split("{film}")) for frame in frames]
     assert len(set(pieces)) == len(frames)
-    # films have no full stop, and no two frames share their beginning with an end that continues the other's
+    # films have no full stop, and no two frames share their beginning with an end that continues
+    # the other's
     for one, other in itertools.combinations(pieces, 2):
         if one[0] == other[0]:
             assert not one[1].endswith(other[1])
@@ -84,7 +86,8 @@ def test_what_is_written_reads_back(split):
 
 
 def test_the_entropy_is_the_mean_surprise():
-    """Oracle: the mean of −log P over 20,000 reviews of all splits in their shares, within four standard errors."""
+    """Oracle: the mean of −log P over 20,000 reviews of all splits in their shares, within four
+    standard errors."""
     rng_shares = {split: len(reviews._films_of(split)) for split in reviews.SPLITS}
     total = sum(rng_shares.values())
     means = {}
@@ -113,8 +116,8 @@ def test_the_entropy_is_the_mean_surprise():
 
 
 def test_plans_come_as_often_as_their_probabilities_say():
-    """Oracle: counts. How many judgements a review has and how good the first one is, in 60,000 reviews, by a chi-square
-    against the table of plans."""
+    """Oracle: counts. How many judgements a review has and how good the first one is, in 60,000
+    reviews, by a chi-square against the table of plans."""
     sample = reviews.sample(60_000, seed=11)
     first = Counter((len(r.judgements), r.judgements[0].valence) for r in sample)
     expected = Counter()
@@ -126,8 +129,9 @@ def test_plans_come_as_often_as_their_probabilities_say():
 
 
 def test_probabilities_of_all_responses_of_one_kind_add_up():
-    """Oracle: enumeration. Every response of two judgements that disagree, of the music (1) and the pace (−1), without a
-    verdict, is written and read; the probabilities that `parse_response` gives must add up to that of the kind."""
+    """Oracle: enumeration. Every response of two judgements that disagree, of the music (1) and the
+    pace (−1), without a verdict, is written and read; the probabilities that `parse_response` gives
+    must add up to that of the kind."""
     kind = ("C", (1, -1))
     share = reviews._plans_with(3).probs[kind]
     texts = [reviews._judgements("music", 1).values, reviews._judgements("pace", -1).values]
@@ -266,7 +270,8 @@ def test_worlds_are_found_by_name():
 
 
 def test_the_floor_of_instructions_is_the_probability_of_their_responses():
-    """Oracle: counts. Of all responses to one request, the share of a frequent one is its probability."""
+    """Oracle: counts. Of all responses to one request, the share of a frequent one is its
+    probability."""
     asked = [i for i in reviews.instructions("train", 60_000) if (i.topic, i.stars) == ("plot", 5)]
     text, count = Counter(i.response for i in asked).most_common(1)[0]
     one = next(i for i in asked if i.response == text)

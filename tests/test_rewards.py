@@ -1,4 +1,5 @@
-"""Reward functions: counts by hand, VADER's published scores, the library's own pipeline, and TRL as the caller."""
+"""Reward functions: counts by hand, VADER's published scores, the library's own pipeline, and TRL
+as the caller."""
 
 import json
 import math
@@ -288,7 +289,8 @@ def test_repetition_counts_what_a_reader_would(words):
 
 
 def test_length_is_a_tent_around_the_target():
-    """Oracle: by hand; 0, a quarter, half, all, one and a half, twice and three times the target."""
+    """Oracle: by hand; 0, a quarter, half, all, one and a half, twice and three times the
+    target."""
     target = rewards.TARGET_WORDS
     assert target % 4 == 0
     counts = [0, target // 4, target // 2, target, target * 3 // 2, target * 2, target * 3]
@@ -415,7 +417,8 @@ def test_vader_normalises_the_sum_of_its_words():
 
 @pytest.mark.parametrize("reward", RULES, ids=lambda reward: reward.__name__)
 def test_a_rule_scores_each_completion_by_itself(reward):
-    """Oracle: the same rule on one text at a time, whatever the order; odd texts have a score too."""
+    """Oracle: the same rule on one text at a time, whatever the order; odd texts have a score
+    too."""
     completions = ODD + [text for text, _ in fake_hub.reviews(10, seed=1)]
     prompts = ["The plot was good."] * len(completions)
     found = score(reward, prompts, completions).tolist()
@@ -458,7 +461,8 @@ def test_lists_of_unequal_length_are_refused_where_the_prompt_counts():
 
 
 def test_trl_calls_them_and_gets_the_same_numbers(tmp_path, labelled):
-    """Oracle: the function itself; TRL's GRPOTrainer calls by keyword and adds arguments of its own."""
+    """Oracle: the function itself; TRL's GRPOTrainer calls by keyword and adds arguments of its
+    own."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
@@ -503,8 +507,8 @@ def base(tmp_path_factory):
 
 
 def write_classifier(base, folder, labels, rows, **changes):
-    """The base model with random weights that give clear opinions; its head is made of the chosen rows
-    of a random one."""
+    """The base model with random weights that give clear opinions; its head is made of the chosen
+    rows of a random one."""
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(base)
     torch.manual_seed(0)
@@ -555,8 +559,8 @@ def test_the_reward_is_the_log_odds_of_the_label(name, labelled):
 
 
 def test_the_label_is_found_by_name_wherever_it_stands(labelled):
-    """Oracle: the same network with its two outputs exchanged; of two labels one's odds are minus the
-    other's."""
+    """Oracle: the same network with its two outputs exchanged; of two labels one's odds are minus
+    the other's."""
     prompts = [""] * len(TEXTS)
     first, second = (classifier(labelled[name], "positive") for name in ("two", "reversed"))
     found = score(first, prompts, TEXTS)
@@ -567,8 +571,8 @@ def test_the_label_is_found_by_name_wherever_it_stands(labelled):
 
 
 def test_only_the_completion_is_scored_without_dropout_or_gradient(labelled):
-    """Oracle: the same call again, with other prompts; the order of the texts does not matter; autograd
-    keeps nothing for a backward pass."""
+    """Oracle: the same call again, with other prompts; the order of the texts does not matter;
+    autograd keeps nothing for a backward pass."""
     reward, kept = classifier(str(labelled["two"]) + "/", "positive"), []
     with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda _: None):
         found = reward(prompts=["A superb film."] * 9, completions=TEXTS, stars=[1] * 9)
@@ -613,8 +617,8 @@ def words_only():
 
 
 def test_the_model_says_how_much_it_reads_if_the_tokenizer_does_not(tmp_path):
-    """Oracle: RoBERTa has 12 positions and starts at 2, so it reads 10 tokens: the library's model fails
-    on 11 and gives the expected score of the first 10."""
+    """Oracle: RoBERTa has 12 positions and starts at 2, so it reads 10 tokens: the library's model
+    fails on 11 and gives the expected score of the first 10."""
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     config = RobertaConfig(
         vocab_size=6, max_position_embeddings=12, intermediate_size=8, pad_token_id=1, **sizes
@@ -746,6 +750,7 @@ except OSError as error:
 """
 
 
+@pytest.mark.slow
 def test_the_classifier_of_scale_gpt2_comes_from_the_cache_without_a_network(tmp_path):
     """Oracle: by hand; the real name. A missing one says in two lines what to do, and importing
     rewards loads no library of models."""
@@ -765,7 +770,8 @@ def test_the_classifier_of_scale_gpt2_comes_from_the_cache_without_a_network(tmp
 
 
 def test_the_true_utility_belongs_to_the_scale(monkeypatch):
-    """Oracle: the specification: the world's own at tiny, the named label of a classifier at gpt2."""
+    """Oracle: the specification: the world's own at tiny, the named label of a classifier at
+    gpt2."""
     monkeypatch.delenv("RLHF_SCALE", raising=False)
     assert rewards.true_utility(settings.load()) is reviews.quality
     asked = []

@@ -1,4 +1,5 @@
-"""Sampling against the exact distribution of whole completions, and against Hugging Face's generate."""
+"""Sampling against the exact distribution of whole completions, and against Hugging Face's
+generate."""
 
 import copy
 from typing import NamedTuple
@@ -75,7 +76,8 @@ CASES += [("llama", 1.0, 0, 1.0), ("gemma2", 1.5, 0, 1.0)]
 
 @pytest.mark.parametrize(("name", "temperature", "top_k", "top_p"), CASES)
 def test_completions_have_exactly_their_probability(name, temperature, top_k, top_p):
-    """Oracle: the probability of all completions of three tokens, each beginning run alone, under Hugging Face's own filters."""
+    """Oracle: the probability of all completions of three tokens, each beginning run alone, under
+    Hugging Face's own filters."""
     count, vocabulary = 3000, 6
     model = build(name, vocab_size=vocabulary, spread=0.2)
     tokens, mask = left_padded([2, 4], 4, vocabulary)
@@ -111,7 +113,8 @@ def test_the_test_of_the_distribution_can_fail():
 @pytest.mark.parametrize("group", [1, 3])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_recorded_log_probs_are_those_of_each_sequence_alone(name, group):
-    """Oracle: one sequence at a time, unpadded, log_softmax of the divided logits; some rows end early."""
+    """Oracle: one sequence at a time, unpadded, log_softmax of the divided logits; some rows end
+    early."""
     model = build(name)
     ends = list(range(0, VOCABULARY, 5))
     out = rollout(
@@ -130,7 +133,8 @@ def test_recorded_log_probs_are_those_of_each_sequence_alone(name, group):
 
 
 def test_filters_change_what_is_sampled_and_not_what_is_recorded():
-    """Oracle: unfiltered log-probabilities of each sequence alone; all tokens among the three likeliest."""
+    """Oracle: unfiltered log-probabilities of each sequence alone; all tokens among the three
+    likeliest."""
     model = build("gpt2")
     out = rollout(model, top_k=3, samples_per_prompt=4)
     length = out.tokens.shape[1] - P
@@ -146,7 +150,8 @@ def test_filters_change_what_is_sampled_and_not_what_is_recorded():
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_the_first_ratio_is_one_whatever_the_mode_and_the_mode_comes_back(name):
-    """Oracle: a ratio of 1 to within 1e-5 in a first PPO update; every submodule's mode from before."""
+    """Oracle: a ratio of 1 to within 1e-5 in a first PPO update; every submodule's mode from
+    before."""
     dropout = {"attention_dropout": 0.1} if name == "llama" else {"resid_pdrop": 0.1}
     model = build(name, **dropout).train()
     list(model.modules())[-1].eval()
@@ -286,7 +291,8 @@ def test_one_new_token():
 
 
 def test_samples_of_a_prompt_are_neighbours_and_each_prompt_is_run_once():
-    """Oracle: the prompts repeated one by one; the shape of the first input that reaches the model."""
+    """Oracle: the prompts repeated one by one; the shape of the first input that reaches the
+    model."""
     out, model = say([5, 0], [0], group=3)
     assert out.tokens[:, 0].tolist() == [10, 10, 10, 11, 11, 11]
     assert model.seen[0] == [10, 11]
@@ -381,7 +387,8 @@ TOKENS, MASK = left_padded([6, 2, 4], P)
     ],
 )
 def test_bad_input_is_refused(changes, message):
-    """Oracle: the specification: ValueError that names the argument and what to do; the mode is kept."""
+    """Oracle: the specification: ValueError that names the argument and what to do; the mode is
+    kept."""
     model = build("gpt2").train()
     arguments = {"prompt_tokens": TOKENS, "prompt_mask": MASK, "max_new_tokens": 4, **changes}
     arguments = {"eos_token_id": EOS, "pad_token_id": EOS, **arguments}
@@ -437,7 +444,8 @@ def test_the_context_may_be_filled_to_its_end():
 
 
 def test_half_precision_records_in_float32():
-    """Oracle: log_softmax in float64 of the model's own bfloat16 logits, the widest gap that rounding explains."""
+    """Oracle: log_softmax in float64 of the model's own bfloat16 logits, the widest gap that
+    rounding explains."""
     model = build("gpt2", torch.bfloat16)
     out = rollout(model, (6, 6, 6), eos_token_id=None)
     logits = model(out.tokens).logits[:, P - 1 : -1].double()

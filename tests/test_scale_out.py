@@ -1,5 +1,6 @@
-"""TRL's trainers fed by this book, and runs in several processes: losses and gradients against this book's own functions, two
-processes against one, a process that is killed, configurations against accelerate's own checks."""
+"""TRL's trainers fed by this book, and runs in several processes: losses and gradients against this
+book's own functions, two processes against one, a process that is killed, configurations against
+accelerate's own checks."""
 
 import copy
 import importlib
@@ -79,7 +80,7 @@ def first_rows(trainer, count):
     return trainer.data_collator([trainer.train_dataset[i] for i in range(count)])
 
 
-# --- the same data, the same loss ------------------------------------------------------------------
+# --- the same data, the same loss ----------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,8 @@ def generated(tmp_path_factory):
 
 
 def test_trl_gives_a_reward_function_what_this_book_gives_it(generated):
-    """Oracle: the answers, taken from the problems and compared by hand; advantages by the book's function."""
+    """Oracle: the answers, taken from the problems and compared by hand; advantages by the book's
+    function."""
     trainer, batch = generated
     texts = trainer.processing_class.batch_decode(batch["completion_ids"], skip_special_tokens=True)
     right = [
@@ -106,7 +108,8 @@ def test_trl_gives_a_reward_function_what_this_book_gives_it(generated):
 
 @pytest.mark.parametrize("loss_type", GRPO_TYPES)
 def test_grpo_has_this_books_loss(generated, loss_type, tmp_path):
-    """Oracle: `grpo_loss` of log-probabilities by `completion_log_probs`, on TRL's batch, away from ratio 1."""
+    """Oracle: `grpo_loss` of log-probabilities by `completion_log_probs`, on TRL's batch, away from
+    ratio 1."""
     batch = generated[1]
     policy, tokenizer = adder()
     config = replace(SMALL, loss_type=loss_type, clip=0.1, clip_high=0.3)
@@ -123,9 +126,14 @@ def test_grpo_has_this_books_loss(generated, loss_type, tmp_path):
     old = log_probs.detach() + shift
     limits = (config.clip, config.clip_high)
     found = grpo_loss(
-        log_probs, old, batch["advantages"], mask, *limits, loss_type=loss_type,
+        log_probs,
+        old,
+        batch["advantages"],
+        mask,
+        *limits,
+        loss_type=loss_type,
         max_completion_length=config.max_new_tokens,
-    )  # fmt: skip
+    )
     found.loss.backward()
 
     policy.train()
@@ -148,7 +156,8 @@ def comparisons(count=8):
 
 @pytest.mark.parametrize("pad_is_end", [False, True])
 def test_dpo_has_this_books_loss(pad_is_end, tmp_path):
-    """Oracle: `dpo.update` on the majority's labels without ties, with the policy a step away from its reference."""
+    """Oracle: `dpo.update` on the majority's labels without ties, with the policy a step away from
+    its reference."""
     config = dpo.Config(beta=0.3, batch_size=7)
     policy, tokenizer = reviewer()
     if pad_is_end:
@@ -158,11 +167,17 @@ def test_dpo_has_this_books_loss(pad_is_end, tmp_path):
     moved((policy, None))
     mine = copy.deepcopy(before)
     mine.load_state_dict(policy.state_dict())
-    hard = [one._replace(preference=float(one.preference > 0.5)) for one in comparisons() if one.preference != 0.5]  # fmt: skip
+    hard = [
+        one._replace(preference=float(one.preference > 0.5))
+        for one in comparisons()
+        if one.preference != 0.5
+    ]
     examples = dpo.encode(tokenizer, hard)
     pad = tokenizer.pad_token_id
     batch = dpo.collate(examples, dpo.reference_log_probs(before, examples, pad), pad)
-    found = dpo.update(mine, torch.optim.SGD(mine.parameters(), 0.0), batch, replace(config, max_grad_norm=1e9))  # fmt: skip
+    found = dpo.update(
+        mine, torch.optim.SGD(mine.parameters(), 0.0), batch, replace(config, max_grad_norm=1e9)
+    )
 
     assert len(trainer.train_dataset) == 7
     policy.train()
@@ -195,8 +210,13 @@ def test_dpo_with_its_reference_computed_first_keeps_no_second_model(tmp_path):
         policy, tokenizer = reviewer()  # not the weights that its name stands for
         config = dpo.Config(batch_size=7, epochs=3, learning_rate=1e-2, warm_up=0.0)
         trainer = scale_out.dpo_trainer(
-            policy, tokenizer, comparisons(), config, folder=tmp_path, precompute_ref_log_probs=first
-        )  # fmt: skip
+            policy,
+            tokenizer,
+            comparisons(),
+            config,
+            folder=tmp_path,
+            precompute_ref_log_probs=first,
+        )
         assert (trainer.ref_model is None) == first
         trainer.train()
         found[first] = [log["loss"] for log in trainer.state.log_history if "loss" in log]
@@ -207,7 +227,8 @@ def test_dpo_with_its_reference_computed_first_keeps_no_second_model(tmp_path):
 
 @pytest.mark.parametrize("pad_is_end", [False, True])
 def test_the_reward_model_has_this_books_loss(pad_is_end, tmp_path):
-    """Oracle: `reward_model_loss` of `last_scores`, which are told by the mask where a text ends."""
+    """Oracle: `reward_model_loss` of `last_scores`, which are told by the mask where a text
+    ends."""
     config = reward_model.Config(batch_size=7, centring=0.1)
     model, tokenizer = reward_model.load(settings.TINY)
     moved((model, None), 0.05)
@@ -215,8 +236,10 @@ def test_the_reward_model_has_this_books_loss(pad_is_end, tmp_path):
         tokenizer.pad_token = tokenizer.eos_token
     rows = scale_out.hard_pairs(comparisons())
     ids = reward_model.encode(
-        tokenizer, [r["prompt"] for r in rows for _ in "ab"], [r[k] for r in rows for k in ("chosen", "rejected")]
-    )  # fmt: skip
+        tokenizer,
+        [r["prompt"] for r in rows for _ in "ab"],
+        [r[k] for r in rows for k in ("chosen", "rejected")],
+    )
     tokens, mask = reward_model.collate(ids, tokenizer.pad_token_id)
     ones = torch.ones(len(rows))
     labels = reward_model.Batch(tokens, mask, ones, 0 * ones, ones)
@@ -236,7 +259,14 @@ def test_sft_has_this_books_loss(loss_on, pad_is_end, tmp_path):
     policy, tokenizer = reviewer()
     if pad_is_end:
         tokenizer.pad_token = tokenizer.eos_token
-    given = [(o, f" {text}") for o, text in zip(reviews.openings("train", 4), ["It is a fine film.", "No.", "The jokes are weak.", "Fine."], strict=True)]  # fmt: skip
+    given = [
+        (o, f" {text}")
+        for o, text in zip(
+            reviews.openings("train", 4),
+            ["It is a fine film.", "No.", "The jokes are weak.", "Fine."],
+            strict=True,
+        )
+    ]
     batch = sft.collate(sft.encode(tokenizer, given), tokenizer.pad_token_id, loss_on)
     mine = copy.deepcopy(policy)
     found = sft.sft_loss(mine, batch)
@@ -261,30 +291,63 @@ def test_dropout_is_off_in_every_trainer(tmp_path):
     assert scale_out.grpo_arguments(SMALL, tmp_path).disable_dropout
 
 
-# --- settings --------------------------------------------------------------------------------------
+# --- settings ------------------------------------------------------------------------------------
 
 
 def test_every_setting_of_grpo_arrives(tmp_path):
     """Oracle: TRL's names, written out by hand."""
     config = grpo.Config(
-        iterations=6, prompts=8, samples_per_prompt=3, max_new_tokens=9, temperature=0.7, epochs=2, mini_batches=4,
-        learning_rate=3e-4, warm_up=0.25, max_grad_norm=0.6, scale="batch", loss_type="dr_grpo", importance="sequence",
-        clip=0.15, clip_high=0.25, beta=0.05, bias_correct_kl=False, seed=5,
-    )  # fmt: skip
+        iterations=6,
+        prompts=8,
+        samples_per_prompt=3,
+        max_new_tokens=9,
+        temperature=0.7,
+        epochs=2,
+        mini_batches=4,
+        learning_rate=3e-4,
+        warm_up=0.25,
+        max_grad_norm=0.6,
+        scale="batch",
+        loss_type="dr_grpo",
+        importance="sequence",
+        clip=0.15,
+        clip_high=0.25,
+        beta=0.05,
+        bias_correct_kl=False,
+        seed=5,
+    )
     found = scale_out.grpo_arguments(config, tmp_path)
     wanted = {
-        "max_steps": 48, "per_device_train_batch_size": 6, "generation_batch_size": 24, "steps_per_generation": 4,
-        "num_generations": 3, "num_iterations": 2, "max_completion_length": 9, "temperature": 0.7, "learning_rate": 3e-4,
-        "warmup_steps": 0.25, "max_grad_norm": 0.6, "scale_rewards": "batch", "loss_type": "dr_grpo",
-        "importance_sampling_level": "sequence", "epsilon": 0.15, "epsilon_high": 0.25, "beta": 0.05,
-        "use_bias_correction_kl": False, "seed": 5, "weight_decay": 0.0, "bf16": False, "use_cpu": True,
+        "max_steps": 48,
+        "per_device_train_batch_size": 6,
+        "generation_batch_size": 24,
+        "steps_per_generation": 4,
+        "num_generations": 3,
+        "num_iterations": 2,
+        "max_completion_length": 9,
+        "temperature": 0.7,
+        "learning_rate": 3e-4,
+        "warmup_steps": 0.25,
+        "max_grad_norm": 0.6,
+        "scale_rewards": "batch",
+        "loss_type": "dr_grpo",
+        "importance_sampling_level": "sequence",
+        "epsilon": 0.15,
+        "epsilon_high": 0.25,
+        "beta": 0.05,
+        "use_bias_correction_kl": False,
+        "seed": 5,
+        "weight_decay": 0.0,
+        "bf16": False,
+        "use_cpu": True,
         "gradient_checkpointing": False,
-    }  # fmt: skip
+    }
     assert {name: getattr(found, name) for name in wanted} == wanted
 
 
 def test_the_learning_rate_rises_and_falls(tmp_path):
-    """Oracle: TRL's log against two straight lines; the library's first step has rate 0, this book's not."""
+    """Oracle: TRL's log against two straight lines; the library's first step has rate 0, this
+    book's not."""
     policy, tokenizer = adder()
     config = replace(SMALL, iterations=8, warm_up=0.25)
     arguments = (policy, tokenizer, PROMPTS, arithmetic.exact, config, ANSWERS)
@@ -298,7 +361,8 @@ def test_the_learning_rate_rises_and_falls(tmp_path):
 
 
 def test_a_run_goes_on_from_its_checkpoint(tmp_path):
-    """Oracle: the weights of a run that was never stopped; and half as many completions are judged."""
+    """Oracle: the weights of a run that was never stopped; and half as many completions are
+    judged."""
     ends, judged = [], {False: 0, True: 0}
     for resumed in (False, True):
 
@@ -330,7 +394,9 @@ def test_a_batch_is_that_of_all_processes(tmp_path, monkeypatch):
         scale_out.grpo_arguments(replace(SMALL, mini_batches=4), tmp_path)
     policy, tokenizer = reviewer()
     with pytest.raises(ValueError, match="batch_size=7 cannot be shared"):
-        scale_out.dpo_trainer(policy, tokenizer, comparisons(), dpo.Config(batch_size=7), folder=tmp_path)  # fmt: skip
+        scale_out.dpo_trainer(
+            policy, tokenizer, comparisons(), dpo.Config(batch_size=7), folder=tmp_path
+        )
 
 
 @pytest.mark.parametrize(
@@ -377,7 +443,8 @@ def test_prompts_of_unequal_length_are_refused_where_they_would_be_scored_wrong(
 
 
 def test_a_reference_that_is_not_the_policy_is_refused(tmp_path):
-    """Oracle: the weights of TRL's reference, which it reads from where the policy was once loaded."""
+    """Oracle: the weights of TRL's reference, which it reads from where the policy was once
+    loaded."""
     config = replace(SMALL, beta=0.1)
     given = (PROMPTS, arithmetic.exact, config, ANSWERS)
     with pytest.raises(ValueError, match=r"policy is not .*tiny-arithmetic' any more"):
@@ -390,7 +457,7 @@ def test_a_reference_that_is_not_the_policy_is_refused(tmp_path):
         assert torch.equal(mine, theirs)
 
 
-# --- configurations --------------------------------------------------------------------------------
+# --- configurations ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", sorted(scale_out.CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
@@ -412,7 +479,9 @@ def test_the_plugins_take_the_sharding_configurations(monkeypatch):
     from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 
     for stage in (2, 3):
-        for name, value in scale_out.check_config(scale_out.CONFIGS / f"deepspeed_zero{stage}.yaml").items():  # fmt: skip
+        for name, value in scale_out.check_config(
+            scale_out.CONFIGS / f"deepspeed_zero{stage}.yaml"
+        ).items():
             monkeypatch.setenv(name, value)
         found = DeepSpeedPlugin().deepspeed_config
         assert found["zero_optimization"]["stage"] == stage
@@ -447,7 +516,7 @@ def test_vllm_settings_are_settings_of_grpo(mode, tmp_path):
         scale_out.grpo_arguments(SMALL, tmp_path, use_vllm=True, vllm_modee=mode)
 
 
-# --- processes -------------------------------------------------------------------------------------
+# --- processes -----------------------------------------------------------------------------------
 
 SFT = sft.Config(learning_rate=0.1, batch_size=8)
 SFT_PAIRS = arithmetic.demonstrations(32)
@@ -468,7 +537,8 @@ torch.set_num_threads(1)
 policy, tokenizer = models.load(settings.TINY_ARITHMETIC)
 config, pairs = sft.Config(learning_rate=0.1, batch_size=8), arithmetic.demonstrations(32)
 scale_out.sft_trainer(policy, tokenizer, pairs, config, folder=folder, optim="sgd").train()
-save_file({n: p.detach().clone() for n, p in policy.named_parameters()}, folder / f"sft{rank}.safetensors")
+weights = {n: p.detach().clone() for n, p in policy.named_parameters()}
+save_file(weights, folder / f"sft{rank}.safetensors")
 
 policy, tokenizer = models.load(settings.TINY_ARITHMETIC)
 scale_out.models.load = lambda source: (policy, tokenizer)
@@ -484,7 +554,8 @@ def note(prompts, completions, answer, **columns):
     return exact(prompts, completions, answer)
 scale_out.arithmetic.exact = note
 scale_out.main(["--output", str(folder), "--steps", "20", "--save"])
-save_file({n: p.detach().clone() for n, p in policy.named_parameters()}, folder / f"grpo{rank}.safetensors")
+weights = {n: p.detach().clone() for n, p in policy.named_parameters()}
+save_file(weights, folder / f"grpo{rank}.safetensors")
 (folder / f"seen{rank}.json").write_text(json.dumps(seen))
 (folder / f"freed{rank}.json").write_text(json.dumps(freed))
 """
@@ -506,7 +577,8 @@ def deadly(prompts, completions, answer, **columns):
         os.kill(os.getpid(), signal.SIGKILL)
     return arithmetic.exact(prompts, completions, answer)
 trainer = scale_out.grpo_trainer(
-    policy, tokenizer, [one.prompt for one in some], deadly, grpo.Config(prompts=4, samples_per_prompt=4),
+    policy, tokenizer, [one.prompt for one in some], deadly,
+    grpo.Config(prompts=4, samples_per_prompt=4),
     {"answer": [one.answer for one in some]}, folder=sys.argv[1])
 trainer.train()
 print("went on to the end")
@@ -514,7 +586,8 @@ print("went on to the end")
 
 
 def launched(script, folder):
-    """`accelerate launch` of a script with two processes: exit code, output. It is stopped at the limit, and that fails."""
+    """`accelerate launch` of a script with two processes: exit code, output. It is stopped at the
+    limit, and that fails."""
     path = folder / "script.py"
     path.write_text(script)
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE", "RLHF"))}
@@ -524,9 +597,14 @@ def launched(script, folder):
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
     config = ["--config_file", str(scale_out.CONFIGS / "two_cpu_processes.yaml")]
     run = subprocess.Popen(
-        [*launcher, *config, str(path), str(folder)], env=environment, cwd=folder, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
+        [*launcher, *config, str(path), str(folder)],
+        env=environment,
+        cwd=folder,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
     try:
         output, _ = run.communicate(timeout=LIMIT)
     except subprocess.TimeoutExpired:
@@ -544,8 +622,10 @@ def two(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_two_processes_run_and_the_policy_learns(two):
-    """Oracle: pass@1 of the saved policies, measured by this book's own sampler on the held-out problems."""
+    """Oracle: pass@1 of the saved policies, measured by this book's own sampler on the held-out
+    problems."""
     curve = json.loads((two / "curve.json").read_text())
     assert (curve["processes"], curve["completions_a_process"]) == (2, 128)
     assert [point["step"] for point in curve["curve"]] == [0, EVERY, STEPS]
@@ -561,6 +641,7 @@ def test_two_processes_run_and_the_policy_learns(two):
     assert not [path for path in two.rglob("*") if path.suffix in (".bin", ".pt", ".pth")]
 
 
+@pytest.mark.slow
 def test_each_process_sees_its_half(two):
     """Oracle: prompts that the reward function was given, in each process."""
     first, second = (json.loads((two / f"seen{rank}.json").read_text()) for rank in (0, 1))
@@ -578,12 +659,15 @@ def test_each_process_sees_its_half(two):
     assert all(set(one) == wanted for one in evaluated)
 
 
+@pytest.mark.slow
 def test_the_process_group_outlives_what_uses_it(two):
-    """Oracle: the order in which Python frees them; in the other order a run hangs at its end now and then."""
+    """Oracle: the order in which Python frees them; in the other order a run hangs at its end now
+    and then."""
     for rank in (0, 1):
         assert json.loads((two / f"freed{rank}.json").read_text()) == ["reducer", "group"]
 
 
+@pytest.mark.slow
 def test_both_processes_end_with_one_policy(two):
     """Oracle: the weights, to the bit."""
     for name in ("sft", "grpo"):
@@ -593,9 +677,10 @@ def test_both_processes_end_with_one_policy(two):
     assert all(torch.equal(p, first[name]) for name, p in saved.named_parameters())
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(two, tmp_path):
-    """Oracle: SFT has no luck but its order, so one process with the same global batch must end with the same weights,
-    though the halves of a batch have unequal numbers of tokens."""
+    """Oracle: SFT has no luck but its order, so one process with the same global batch must end
+    with the same weights, though the halves of a batch have unequal numbers of tokens."""
     policy, tokenizer = models.load(settings.TINY_ARITHMETIC)
     start = {name: p.detach().clone() for name, p in policy.named_parameters()}
     # Adam would blow up the rounding of gradients that are nearly 0
@@ -638,8 +723,10 @@ def test_costs_are_renewed_beside_the_curves(tmp_path, monkeypatch):
         script.main()
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_run(tmp_path):
-    """Oracle: the exit code, and what the launcher says; the run must end long before gloo would give up by itself."""
+    """Oracle: the exit code, and what the launcher says; the run must end long before gloo would
+    give up by itself."""
     code, output = launched(KILLED, tmp_path)
     assert code != 0
     assert "went on" not in output

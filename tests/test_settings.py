@@ -9,6 +9,7 @@ import pytest
 
 import rlhf_helpers
 from rlhf_helpers import settings
+from rlhf_helpers.algorithms import dpo, grpo, ppo, reward_model, sft
 
 
 def test_tiny_is_the_default_and_needs_nothing_from_outside(monkeypatch):
@@ -45,3 +46,36 @@ def test_settings_of_scale_tiny_load_no_framework():
     )
     environment = {k: v for k, v in os.environ.items() if k != "RLHF_SCALE"}
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
+
+
+TABLES = {
+    "sft": (sft.AT_SCALE, sft.Config),
+    "sft, adapter": (sft.LORA_AT_SCALE, sft.Config),
+    "reward_model": (reward_model.AT_SCALE, reward_model.Config),
+    "ppo": (ppo.AT_SCALE, ppo.Config),
+    "dpo": (dpo.AT_SCALE, dpo.Config),
+    "grpo": (grpo.AT_SCALE, grpo.Config),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_scale_has_settings_and_each_makes_a_config(name):
+    """Oracle: the known scales; and the dataclass itself, which refuses a name it does not have."""
+    table, config = TABLES[name]
+    assert set(table) == set(settings.SCALES)
+    for changes in table.values():
+        made = config(**changes)
+        assert {field: getattr(made, field) for field in changes} == changes
+
+
+def test_every_scale_has_a_number_of_examples():
+    assert set(sft.EXAMPLES) == set(settings.SCALES)
+
+
+def test_a_completion_is_as_long_in_training_as_in_the_scale(monkeypatch):
+    """Oracle: the scale's own length; two homes of one number must agree."""
+    for scale in settings.SCALES:
+        monkeypatch.setenv("RLHF_SCALE", scale)
+        for algorithm in (ppo, dpo):
+            found = algorithm.Config(**algorithm.AT_SCALE[scale])
+            assert found.max_new_tokens == settings.load().max_new_tokens

@@ -1,4 +1,5 @@
-"""The GPT-2 that ships with the book: what its card says is true, and the command that makes it runs."""
+"""The GPT-2 that ships with the book: what its card says is true, and the command that makes it
+runs."""
 
 import re
 
@@ -39,8 +40,8 @@ def test_the_library_alone_loads_it():
 
 
 def test_it_is_close_to_the_grammar_on_films_it_never_saw(tiny):
-    """Oracle: the grammar's own probability of the same reviews. The bound was set before the model was trained:
-    0.05 nat a token, of whole reviews and of what follows an opening."""
+    """Oracle: the grammar's own probability of the same reviews. The bound was set before the model
+    was trained: 0.05 nat a token, of whole reviews and of what follows an opening."""
     sample = reviews.sample(600, seed=99, split="held_out")
     end = tiny[1].eos_token
     for heads, rests, floor in (
@@ -53,7 +54,8 @@ def test_it_is_close_to_the_grammar_on_films_it_never_saw(tiny):
 
 
 def test_the_card_tells_the_numbers_of_these_weights(tiny):
-    """Oracle: the same measure with another implementation of the log-probabilities, within four standard errors."""
+    """Oracle: the same measure with another implementation of the log-probabilities, within four
+    standard errors."""
     card = (FOLDER / "README.md").read_text(encoding="utf-8")
     row = re.search(
         r"what follows the opening.*\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", card

@@ -45,10 +45,24 @@ def test_storing_twice_gives_the_same_bytes(tmp_path):
     )
     stored = []
     for _ in range(2):
-        refresh.refresh(path, "tiny", tmp_path / "measured.json")
+        refresh.refresh(path, "tiny", recording=True, measured=tmp_path / "measured.json")
         stored.append((path.read_bytes(), (tmp_path / "measured.json").read_bytes()))
     assert stored[0] == stored[1]
     assert b"image/png" in stored[0][0]
+
+
+def test_only_what_was_measured_differs_and_stays(tmp_path):
+    """Oracle: the stored text; one notebook counts its runs in seconds, one otherwise."""
+    count = "import os\nn = int(os.environ['RUNS'])"
+    for sentence, kept in (("this run, {n} s, {n:.1f} CPU s", True), ("run {n}", False)):
+        path = write_notebook(tmp_path / "a.ipynb", count, f"print(f'{sentence}')")
+        texts = []
+        for runs in ("3", "4"):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("RUNS", runs)
+                refresh.refresh(path, "tiny")
+            texts.append(nbrun.read(path).cells[1].outputs[0].text)
+        assert (texts[0] == texts[1]) == kept
 
 
 def test_a_measurement_is_rounded_up_with_room_to_spare():
@@ -87,7 +101,20 @@ def test_record_keeps_other_chapters_and_says_whether_it_wrote(tmp_path):
 
 
 def test_an_unknown_notebook_is_refused_with_the_known_names():
-    assert "no notebook 99_none" in refresh.main(["99_none"])
+    with pytest.raises(SystemExit, match="no notebook none; there are bandit, "):
+        refresh.main(["none"])
+
+
+def test_a_notebook_is_found_by_name_file_or_path():
+    paths = [nbrun.chosen([name]) for name in ("bandit", "bandit.ipynb", "notebooks/bandit.ipynb")]
+    assert paths == [[nbrun.ROOT / "notebooks" / "bandit.ipynb"]] * 3
+
+
+def test_time_is_recorded_only_when_asked_for(tmp_path):
+    path = write_notebook(tmp_path / "a.ipynb", "1 + 1")
+    refresh.refresh(path, "tiny", measured=tmp_path / "measured.json")
+    assert not (tmp_path / "measured.json").exists()
+    assert nbrun.read(path).cells[0].outputs
 
 
 def test_copies_leave_the_sources_alone(tmp_path):

@@ -11,10 +11,12 @@ PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 )
 FIGURE = hashlib.sha256(PIXEL).hexdigest() + ".png"
-PAGE = f"""<html><head><link rel="stylesheet" href="s.css"><script src="mathjax.js"></script></head><body>
+PAGE = f"""<html><head><link rel="stylesheet" href="s.css"><script src="mathjax.js"></script></head>
+<body>
 <a href="page.html#here">link</a><h1 id="here">Page</h1>
 <div class="math" id="equation-eq-one">x</div><span class="math">y</span>
-<div class="cell_output"><pre>forty-two words</pre><p>The mean is <strong>1.5</strong>.</p><img src="{FIGURE}"></div>
+<div class="cell_output"><pre>forty-two words</pre><p>The mean is <strong>1.5</strong>.</p>
+<img src="{FIGURE}"></div>
 </body></html>"""
 
 
@@ -152,7 +154,8 @@ def test_a_page_without_source_is_found(site):
 def test_links_that_leave_the_book_are_no_problem(site):
     page = PAGE.replace(
         "<body>",
-        '<body><a href="https://example.org/x">paper</a><link rel="canonical" href="https://e.org">',
+        '<body><a href="https://example.org/x">paper</a><link rel="canonical"'
+        ' href="https://e.org">',
     )
     (site / "html" / "page.html").write_text(page)
     assert problems(site) == ""

@@ -19,7 +19,8 @@ PINS = {
 
 def test_every_line_is_one_public_version():
     assert not [line for line in LINES if not re.fullmatch(r"[\w.-]+==[\w.]+", line)]
-    # torch brings the accelerator libraries of the machine at hand; pinning them would break every other machine.
+    # torch brings the accelerator libraries of the machine at hand; pinning them would break every
+    # other machine.
     assert not [name for name in PINS if re.match(r"nvidia|cuda|triton", name)]
     assert "ipywidgets" not in PINS
 

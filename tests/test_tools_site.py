@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import book_site
 from docutils import nodes
@@ -76,3 +77,30 @@ def test_the_build_day_can_be_fixed():
         check=True,
     )
     assert "built 1970-01-01" in run.stdout
+
+
+SITE = "https://some-one.github.io/a-book/"
+
+
+def linked(address):
+    """What becomes of a link on the page notebooks/one, in a book with book/index and
+    notebooks/two."""
+    link = nodes.reference("", "words", refuri=address)
+    document = nodes.paragraph("", "", link)
+    app = SimpleNamespace(
+        config=SimpleNamespace(html_baseurl=SITE),
+        env=SimpleNamespace(found_docs={"book/index", "notebooks/two"}),
+        builder=SimpleNamespace(get_relative_uri=lambda _, name: f"../{name}.html"),
+    )
+    book_site.link_within_the_site(app, document, "notebooks/one")
+    return link["refuri"]
+
+
+def test_a_link_to_a_page_of_the_site_stays_within_it():
+    assert linked(f"{SITE}book/index.html") == "../book/index.html"
+    assert linked(f"{SITE}book/index.html#terms") == "../book/index.html#terms"
+
+
+def test_other_links_stay_as_they_are():
+    for address in (f"{SITE}gone.html", "https://e.org/book/index.html", "#here", SITE):
+        assert linked(address) == address

@@ -22,7 +22,8 @@ def positive_definite(size, seed=0):
 
 
 def krylov_minimiser(a, b, steps):
-    """The point of span{b, Ab, ..., A^(steps-1) b} with the smallest error in the A-norm, by dense algebra."""
+    """The point of span{b, Ab, ..., A^(steps-1) b} with the smallest error in the A-norm, by dense
+    algebra."""
     a, b = a.numpy(), b.numpy()
     vectors = [b / np.linalg.norm(b)]
     for _ in range(steps - 1):
@@ -46,7 +47,8 @@ def test_conjugate_gradient_solves_the_system(size):
 @pytest.mark.equation("eq:conjugate-gradient")
 @pytest.mark.parametrize("iterations", [1, 2, 3, 4])
 def test_each_iterate_is_the_best_of_its_krylov_space(iterations):
-    """Oracle: a dense NumPy solve in the span of b, Ab, ..., which is what k conjugate-gradient steps must give."""
+    """Oracle: a dense NumPy solve in the span of b, Ab, ..., which is what k conjugate-gradient
+    steps must give."""
     a, b = positive_definite(6, seed=1)
     found = conjugate_gradient(lambda x: a @ x, b, iterations)
     np.testing.assert_allclose(
@@ -67,7 +69,8 @@ def test_two_distinct_eigenvalues_need_two_iterations():
 @pytest.mark.equation("eq:conjugate-gradient")
 @pytest.mark.parametrize("tolerance", [1.0, 1e-1, 1e-2, 1e-4])
 def test_it_stops_when_the_squared_residual_falls_below_the_tolerance(tolerance):
-    """Oracle: residuals of the dense Krylov iterates; the first whose r.r is below the tolerance is returned."""
+    """Oracle: residuals of the dense Krylov iterates; the first whose r.r is below the tolerance is
+    returned."""
     a, b = positive_definite(8, seed=2)
     iterates = [krylov_minimiser(a, b, k) for k in range(1, 9)]
     squares = [np.sum((b.numpy() - a.numpy() @ x) ** 2) for x in iterates]
@@ -119,7 +122,8 @@ def two_parameters():
 
 
 def scalar(matrix, bias):
-    """Neither quadratic nor separable, so that every block of the Hessian is full and depends on the point."""
+    """Neither quadratic nor separable, so that every block of the Hessian is full and depends on
+    the point."""
     return (
         torch.tanh(matrix @ torch.tensor([0.3, -1.0, 0.7], dtype=torch.float64) + bias).pow(3).sum()
         * bias.exp().sum()
@@ -221,7 +225,8 @@ def test_a_product_can_be_taken_inside_no_grad():
 
 @pytest.mark.parametrize("shape", [(7,), (9,), (1,), (2, 4)])
 def test_a_vector_of_another_shape_is_named(shape):
-    """Oracle: the specification: one flat tensor as long as all parameters; the message names the argument."""
+    """Oracle: the specification: one flat tensor as long as all parameters; the message names the
+    argument."""
     matrix, bias, _ = two_parameters()
     with pytest.raises(ValueError, match="vector"):
         hessian_vector_product(

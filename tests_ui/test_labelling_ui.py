@@ -27,8 +27,15 @@ import os
 from pathlib import Path
 from rlhf_helpers.book.labelling import label
 pairs = [
-    ("How do I keep basil alive on a window sill?", "Water it from below when the soil is dry.", {SCRIPT!r}),
-    *[(f"Prompt {{i}}", f"Yes, that is response {{i}}.", f"No.\\n\\nIt is another one, {{i}}.") for i in range(1, 8)],
+    (
+        "How do I keep basil alive on a window sill?",
+        "Water it from below when the soil is dry.",
+        {SCRIPT!r},
+    ),
+    *[
+        (f"Prompt {{i}}", f"Yes, that is response {{i}}.", f"No.\\n\\nIt is another one, {{i}}.")
+        for i in range(1, 8)
+    ],
 ]
 Path("kernel.pid").write_text(str(os.getpid()))
 session = label(pairs, "answers.jsonl")"""

@@ -1,43 +1,39 @@
-"""Build book/equations.md: every labelled equation with its page, the function that implements it, and its tests.
+"""Build book/equations.md: every labelled equation with its page, the function that implements it,
+and its tests.
 
-The three sources are the displayed equations `$$ ... $$ (eq:label)`, the line `Equation: eq:label` in a docstring, and
-`@pytest.mark.equation("eq:label")` on a test whose docstring begins with `Oracle:`.
+The three sources are the displayed equations `$$ ... $$ (eq:label)`, the line `Equation: eq:label`
+in a docstring, and `@pytest.mark.equation("eq:label")` on a test whose docstring begins with
+`Oracle:`.
 """
 
 import ast
-import json
 import re
 from pathlib import Path
 
+import contents
 import set_repo
 
 ROOT = Path(__file__).resolve().parents[1]
+# The files in which every public function is an equation's; the layers of the package begin with
+# them.
 MATHEMATICS = ("logprobs", "kl", "advantages", "losses", "trust_region")
 DISPLAYED = re.compile(r"\$\$[ \t]*\((eq:[\w-]+)\)[ \t]*$", re.M)
 HEADER = """# Equations, functions, tests
 
-Every numbered equation with a label in this book is implemented by one function of the package and checked by at least
-one test against an oracle that does not share its code. This page is built from the equations' labels, the functions'
-docstrings and the tests.
+Every numbered equation with a label in this book is implemented by one function of the package and
+checked by at least one test against an oracle that does not share its code. This page is built from
+the equations' labels, the functions' docstrings and the tests.
 
 """
 
 
-def page_text(path):
-    if path.suffix == ".md":
-        return path.read_text(encoding="utf-8")
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
-
-
 def displayed(root=ROOT):
     """Pairs (label, page) in reading order; a label that stands twice is listed twice."""
-    pages = sorted((root / "notebooks").glob("*.ipynb")) + sorted((root / "book").glob("*.md"))
-    pages = [page for page in pages if page.name != "equations.md"]
+    prose = [page for page in sorted((root / "book").glob("*.md")) if page.name != "equations.md"]
     return [
         (label, page.relative_to(root))
-        for page in pages
-        for label in DISPLAYED.findall(page_text(page))
+        for page in contents.notebooks(root) + prose
+        for label in DISPLAYED.findall(contents.markdown(page))
     ]
 
 
@@ -56,7 +52,8 @@ def docstring_labels(node):
 
 
 def functions(root=ROOT):
-    """Triples (label, role, dotted name) and the public functions of the mathematics files that name no label."""
+    """Triples (label, role, dotted name) and the public functions of the mathematics files that
+    name no label."""
     found, bare = [], []
     for path in sorted((root / "rlhf_helpers").rglob("*.py")):
         module = ".".join(path.relative_to(root).with_suffix("").parts)
@@ -81,7 +78,8 @@ def marked_labels(node):
 
 
 def checks(root=ROOT):
-    """Quadruples (label, file, test, oracle); the oracle is None when the docstring does not begin with one."""
+    """Quadruples (label, file, test, oracle); the oracle is None when the docstring does not begin
+    with one."""
     found = []
     for path in sorted((root / "tests").glob("test_*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -118,10 +116,6 @@ def problems(root=ROOT):
     return found
 
 
-def title(page, root=ROOT):
-    return re.search(r"^# (.+)$", page_text(root / page), re.M)[1].strip()
-
-
 def table_row(label, page, implemented, checked, root):
     url = set_repo.source_url(root)
     names = [f"{{py:{role}}}`~{name}`" for found, role, name in implemented if found == label]
@@ -131,7 +125,10 @@ def table_row(label, page, implemented, checked, root):
         if found == label
     ]
     link = Path("..") / page if page.suffix == ".ipynb" else page.name
-    return f"| {{eq}}`{label}`<br>[{title(page, root)}]({link}) | {'<br>'.join(names)} | {'<br><br>'.join(tests)} |"
+    return (
+        f"| {{eq}}`{label}`<br>[{contents.title(root / page)}]({link}) | {'<br>'.join(names)} |"
+        f" {'<br><br>'.join(tests)} |"
+    )
 
 
 def build(root=ROOT):

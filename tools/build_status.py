@@ -3,12 +3,15 @@
 import json
 from pathlib import Path
 
+import contents
+
 ROOT = Path(__file__).resolve().parents[1]
 HEADER = """# Status of the notebooks
 
-Recorded by `make refresh` at scale tiny: time and peak memory are rounded up to a coarse step, so a run should stay
-below them. A cell is compared when the tests execute it again and hold its text to what is stored; the others print
-values that move with the processor, and their claims are checked in bands at the end of the chapter.
+Recorded by `make refresh RECORD=1` at scale tiny: time and peak memory are rounded up to a coarse
+step, so a run should stay below them. A cell is compared when the tests execute it again and hold
+its text to what is stored; the others print values that move with the processor, and their claims
+are checked in bands at the end of the chapter.
 
 | Notebook | Time | Memory | Device | Code cells compared |
 |---|---|---|---|---|
@@ -24,20 +27,19 @@ def compared(cells):
 
 def table_row(path, measured):
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    title = "".join(cells[0]["source"]).splitlines()[0].lstrip("# ")
     run = measured.get(path.stem, {}).get("tiny")
     cost = (
         f"{run['seconds']} s | {run['memory_mib']} MiB | {run['device']}"
         if run
         else "not yet measured | |"
     )
-    return f"| [{title}](../notebooks/{path.name}) | {cost} | {compared(cells)} |"
+    return f"| [{contents.title(path)}](../notebooks/{path.name}) | {cost} | {compared(cells)} |"
 
 
 def build(root=ROOT):
     recorded = root / "rlhf_helpers" / "assets" / "measured.json"
     measured = json.loads(recorded.read_text()) if recorded.exists() else {}
-    rows = [table_row(path, measured) for path in sorted((root / "notebooks").glob("*.ipynb"))]
+    rows = [table_row(path, measured) for path in contents.notebooks(root)]
     return HEADER + "\n".join(rows) + "\n"
 
 

@@ -1,7 +1,7 @@
 """Check built pages against their sources.  usage: check_pages.py SOURCE_FOLDER HTML_FOLDER
 
-Each page of _toc.yml exists and holds its outputs and its maths; no internal link, anchor, image, style or script is
-broken; nothing is loaded from another host.
+Each page of _toc.yml exists and holds its outputs and its maths; no internal link, anchor, image,
+style or script is broken; nothing is loaded from another host.
 """
 
 import base64
@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
 
+import contents
 import nbformat
-import yaml
 from bs4 import BeautifulSoup
 from markdown_it import MarkdownIt
 from mdit_py_plugins.dollarmath import dollarmath_plugin
@@ -52,17 +52,6 @@ def letters(text):
     return "".join(re.findall(r"[^\W_]+", text))
 
 
-def toc_pages(node):
-    """Every file named in a table of contents, depth first."""
-    if isinstance(node, dict):
-        yield from (node[key] for key in ("root", "file") if key in node)
-        for value in node.values():
-            yield from toc_pages(value)
-    elif isinstance(node, list):
-        for item in node:
-            yield from toc_pages(item)
-
-
 def read_html(root):
     pages = (
         page
@@ -72,7 +61,7 @@ def read_html(root):
     return {page: BeautifulSoup(page.read_text(encoding="utf-8"), "html.parser") for page in pages}
 
 
-# --- what a page must hold -------------------------------------------------------------------------------------------
+# --- what a page must hold -----------------------------------------------------------------------
 
 
 def markdown_texts(source):
@@ -111,7 +100,8 @@ def missing_outputs(notebook, html):
             continue
         for output in cell.outputs:
             png = output.get("data", {}).get("image/png")
-            # The builder names a figure by the digest of its bytes, so this finds a figure of an earlier run too.
+            # The builder names a figure by the digest of its bytes, so this finds a figure of an
+            # earlier run too.
             if png and f"{hashlib.sha256(base64.b64decode(png)).hexdigest()}.png" not in page:
                 yield f"the figure of cell {number} is not on the page"
             for text in output_texts(output):
@@ -150,8 +140,7 @@ def missing_maths(sources, html):
 
 def check_page(name, source_root, html_root, html):
     """Problems of one page of the table of contents."""
-    sources = [source_root / f"{name}{ending}" for ending in (".md", ".ipynb")]
-    source = next(filter(Path.exists, sources), None)
+    source = contents.source(name, source_root)
     if source is None:
         return [f"{name} has no source"]
     page = html.get(html_root / f"{name}.html")
@@ -168,7 +157,7 @@ def check_page(name, source_root, html_root, html):
     ]
 
 
-# --- links and loads -------------------------------------------------------------------------------------------------
+# --- links and loads -----------------------------------------------------------------------------
 
 
 def broken_target(page, target, html):
@@ -185,7 +174,8 @@ def broken_target(page, target, html):
 
 
 def loads(html):
-    """Every address that a browser fetches by itself for this page, apart from what its style sheets name."""
+    """Every address that a browser fetches by itself for this page, apart from what its style
+    sheets name."""
     for tag, attributes in LOADED.items():
         for element in html.find_all(tag):
             for attribute in attributes:
@@ -231,23 +221,37 @@ def check_loads(page, html):
             yield from check_style(link["href"], page)
 
 
+def leads_and_loads(page, html):
+    """Why links of a page lead nowhere, and what it loads that is not there or from elsewhere."""
+    targets = dict.fromkeys(link["href"] for link in html[page].find_all("a", href=True))
+    broken = [problem for target in targets if (problem := broken_target(page, target, html))]
+    return [*broken, *check_loads(page, html)]
+
+
+def check_one(name, source_root, html_root):
+    """Every problem of one built page; anchors on other pages are not looked up."""
+    html_root = Path(html_root).resolve()
+    page = html_root / f"{name}.html"
+    if not page.exists():
+        return [f"{name}.html was not built"]
+    html = {page: BeautifulSoup(page.read_text(encoding="utf-8"), "html.parser")}
+    return check_page(name, Path(source_root), html_root, html) + leads_and_loads(page, html)
+
+
 def check(source_root, html_root):
     """Every problem of the built pages, one line each."""
     html_root = Path(html_root).resolve()
     html = read_html(html_root)
-    contents = yaml.safe_load((Path(source_root) / "_toc.yml").read_text(encoding="utf-8"))
     found = [
         f"{name}: {problem}"
-        for name in toc_pages(contents)
+        for name in contents.pages(contents.contents(source_root))
         for problem in check_page(name, Path(source_root), html_root, html)
     ]
-    for page, soup in html.items():
-        targets = dict.fromkeys(link["href"] for link in soup.find_all("a", href=True))
-        problems = [problem for target in targets if (problem := broken_target(page, target, html))]
-        found += [
-            f"{page.relative_to(html_root)}: {problem}"
-            for problem in [*problems, *check_loads(page, html)]
-        ]
+    found += [
+        f"{page.relative_to(html_root)}: {problem}"
+        for page in html
+        for problem in leads_and_loads(page, html)
+    ]
     return list(dict.fromkeys(found))
 
 

@@ -1,9 +1,11 @@
 """Run one notebook from top to bottom: what `make book`, `make refresh` and `make bench` share."""
 
 import re
+import sys
 import time
 from pathlib import Path
 
+import contents
 import nbformat
 from nbclient import NotebookClient
 
@@ -15,7 +17,8 @@ LANGUAGE = {
     "name": "python",
     "pygments_lexer": "ipython3",
 }
-# On Linux getrusage counts the peak of the process that started the kernel too, so the kernel's own record comes first.
+# On Linux getrusage counts the peak of the process that started the kernel too, so the kernel's own
+# record comes first.
 PEAK_MEMORY = """
 import os, re, resource
 if os.path.exists("/proc/self/status"):
@@ -26,12 +29,31 @@ else:
 
 
 def find_notebooks(root=ROOT):
-    return sorted((Path(root) / "notebooks").glob("*.ipynb"))
+    """Paths of all notebooks, in the order of the book."""
+    return contents.notebooks(root)
+
+
+def chosen(names, root=ROOT):
+    """The notebooks of these names (with or without folder and ending), all if there are none.
+
+    Raises: SystemExit on an unknown name, with the known ones.
+    """
+    known = {path.stem: path for path in find_notebooks(root)}
+    wanted = [Path(name).name.removesuffix(".ipynb") for name in names] or list(known)
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        sys.exit(f"no notebook {', '.join(unknown)}; there are {', '.join(known)}")
+    return [known[name] for name in wanted]
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
 
 
 def execute(path):
-    """Return (executed notebook, seconds, peak MiB of its kernel); the file itself is left alone."""
-    nb = nbformat.read(path, as_version=4)
+    """Return (executed notebook, seconds, peak MiB of its kernel); the file itself is left
+    alone."""
+    nb = read(path)
     # A last cell asks the kernel for its own peak, which is gone once the kernel has stopped.
     nb.cells.append(nbformat.v4.new_code_cell(PEAK_MEMORY))
     client = NotebookClient(

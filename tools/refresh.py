@@ -1,24 +1,33 @@
-"""Execute notebooks in place and record their time and memory.  usage: refresh.py [bandit ...]
+"""Execute notebooks in place and store their outputs.  usage: [RECORD=1] refresh.py [bandit ...]
 
-Without names, every notebook. Outputs are stored at scale tiny only; at another scale only the measurement is kept.
+Without names, every notebook. With RECORD=1 time and memory are recorded too: on a busy machine
+they would mislead. Outputs are stored at scale tiny only; at another scale there is nothing to do
+without RECORD=1.
 """
 
 import json
 import os
+import re
 import sys
 
+import fold
 import nbrun
 
 MEASURED = nbrun.ROOT / "rlhf_helpers" / "assets" / "measured.json"
-# Each rung is at most 1.5 times the one below, so a rung above the headroom is never far above the measured value.
+# Each rung is at most 1.5 times the one below, so a rung above the headroom is never far above the
+# measured value.
 SECONDS = [10, 15, 20, 30, 45, 60, 90, 120, 180, 240, 360, 480, 600, 900, 1200]
+# A measured time in a sentence: a number and its unit.
+TIMES = re.compile(r"\d[\d,.]*(?= (?:CPU )?s\b)")
 MEBIBYTES = [400, 600, 800, 1200, 1600, 2400, 3200, 4800, 6400, 9600, 12800, 16000, 24000]
 
 
 def rung(measured, stored, ladder):
-    """The stored value as long as it still describes what was measured; else the first rung with room to spare.
+    """The stored value as long as it still describes what was measured; else the first rung with
+    room to spare.
 
-    Two runs of one notebook differ by tens of per cent; without this play each refresh would change the file.
+    Two runs of one notebook differ by tens of per cent; without this play each refresh would change
+    the file.
     """
     if stored is not None and 0.4 * stored < measured <= stored:
         return stored
@@ -52,25 +61,39 @@ def record(name, scale, seconds, mebibytes, path):
     return True
 
 
-def refresh(path, scale, measured=MEASURED):
+def without_times(text):
+    return TIMES.sub("…", text)
+
+
+def keep_times(new, old):
+    """Where a cell's output differs from the stored one in measured seconds alone, keep that."""
+    stored = {cell.id: cell for cell in old.cells if cell.cell_type == "code"}
+    for cell in new.cells:
+        before = stored.get(cell.id)
+        if cell.cell_type != "code" or before is None or before.source != cell.source:
+            continue
+        now, then = (json.dumps(one.outputs, sort_keys=True) for one in (cell, before))
+        if now != then and without_times(now) == without_times(then):
+            cell.outputs = before.outputs
+
+
+def refresh(path, scale, recording=False, measured=MEASURED):
     nb, seconds, mebibytes = nbrun.execute(path)
-    if record(path.stem, scale, seconds, mebibytes, measured):
+    if recording and record(path.stem, scale, seconds, mebibytes, measured):
         # The set-up cell prints the recorded values, so the stored output has to be made again.
         nb, _, _ = nbrun.execute(path)
     if scale == "tiny":
+        fold.fold(nb)
+        if not recording:
+            keep_times(nb, nbrun.read(path))
         nbrun.write(nbrun.normalise(nb), path)
     print(f"{path.stem}: {seconds:.1f} s, {mebibytes:.0f} MiB", flush=True)
 
 
 def main(names):
     scale = os.environ.setdefault("RLHF_SCALE", "tiny")
-    known = {path.stem: path for path in nbrun.find_notebooks()}
-    wanted = [os.path.splitext(os.path.basename(name))[0] for name in names] or list(known)
-    unknown = [name for name in wanted if name not in known]
-    if unknown:
-        return f"no notebook {', '.join(unknown)}; there are {', '.join(known)}"
-    for name in wanted:
-        refresh(known[name], scale)
+    for path in nbrun.chosen(names):
+        refresh(path, scale, recording=bool(os.environ.get("RECORD")))
     return 0
 
 

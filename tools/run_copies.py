@@ -1,4 +1,5 @@
-"""Execute a copy of every notebook under _build/run, beside copies of the prose, so that a book can be built there."""
+"""Execute a copy of every notebook under _build/run, beside copies of the prose, so that a book can
+be built there."""
 
 import os
 import shutil

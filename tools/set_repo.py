@@ -1,6 +1,7 @@
 """Set the repository's address everywhere it is written.  usage: set_repo.py owner/name
 
-_config.yml (repository.url) is its home; badges, links and install cells repeat it and are held to it by a test.
+_config.yml (repository.url) is its home; badges, links and install cells repeat it and are held to
+it by a test.
 """
 
 import re

@@ -7,8 +7,6 @@ log-probabilities of the given responses are needed, so they are computed once.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -25,8 +23,21 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from rlhf_helpers import models, rewards
 from rlhf_helpers._validate import in_range, one_of, same_shape
-from rlhf_helpers.algorithms import ppo, sft
+from rlhf_helpers.algorithms import sft
+from rlhf_helpers.algorithms._loop import (
+    adamw,
+    check_finite,
+    check_prompts,
+    digest,
+    mean_of,
+    prompt_indices,
+    set_learning_rate,
+    shuffled,
+    steps_per_epoch,
+    trained,
+)
 from rlhf_helpers.algorithms.reward_model import Comparison
+from rlhf_helpers.algorithms.sampling import respond
 from rlhf_helpers.logprobs import completion_log_probs
 from rlhf_helpers.losses import DPO_VARIANTS, PreferenceLoss, dpo_loss, simpo_loss
 from rlhf_helpers.rollout import Rollout, sample
@@ -89,6 +100,13 @@ class Config:
     seed: int = 0
 
 
+# What the chapter changes, by scale.
+AT_SCALE = {
+    "tiny": {},
+    "gpt2": {"learning_rate": 1e-5, "max_new_tokens": 64},
+}
+
+
 class Example(NamedTuple):
     """A prompt and two responses in tokens."""
 
@@ -135,12 +153,12 @@ class Metrics(NamedTuple):
     held_out: Evaluation | None  # None where not measured
 
 
-# --- pairs -----------------------------------------------------------------------------------------
+# --- pairs ---------------------------------------------------------------------------------------
 
 
 def encode(tokenizer: Tokenizer, data: Sequence[Comparison]) -> list[Example]:
-    """Tokens of comparisons of two; each response is closed with the end-of-text token. The one that
-    is preferred by more than half becomes the chosen one.
+    """Tokens of comparisons of two; each response is closed with the end-of-text token. The one
+    that is preferred by more than half becomes the chosen one.
 
     Args:
         tokenizer: with an end-of-text token.
@@ -216,7 +234,7 @@ def cached_log_probs(
     path = Path(path)
     key = {
         "model": models.weights_digest(model),
-        "data": hashlib.sha256(json.dumps(list(examples)).encode()).hexdigest()[:16],
+        "data": digest(list(examples)),
     }
     if path.exists():
         return _read_cache(path, key)
@@ -236,8 +254,8 @@ def _read_cache(path: Path, key: dict[str, str]) -> Tensor:
             log_probs = file.get_tensor("log_probs")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is no whole cache of log-probabilities; {advice}") from error
-    for what, digest in key.items():
-        if metadata.get(what) != digest:
+    for what, wanted in key.items():
+        if metadata.get(what) != wanted:
             other = "another model" if what == "model" else "other pairs"
             raise ValueError(f"{path} holds the log-probabilities of {other}; {advice}")
     return log_probs
@@ -247,7 +265,7 @@ def _to(batch: Batch, device: torch.device) -> Batch:
     return Batch(*(tensor.to(device) for tensor in batch))
 
 
-# --- update ----------------------------------------------------------------------------------------
+# --- update --------------------------------------------------------------------------------------
 
 
 def pair_loss(
@@ -282,7 +300,8 @@ def update(
     """One step down the gradient of the loss. In micro-batches the gradient is that of the whole.
 
     Returns: means over the pairs, before the step, and the gradient's norm.
-    Raises: ValueError on a log-probability or a gradient that is not finite; there is no step then.
+    Raises: TrainingStopped on a log-probability or a gradient that is not finite; there is no step
+        then.
     """
     optimizer.zero_grad()
     count = len(batch.preference)
@@ -291,15 +310,14 @@ def update(
     for rows in torch.arange(count, device=batch.mask.device).split(config.micro_batch or count):
         part = _rows(batch, rows)
         log_probs = response_log_probs(policy, part)
-        _check_finite(log_probs, "log-probabilities")
+        check_finite(log_probs=log_probs.detach())
         found = pair_loss(log_probs, part.reference, lengths[rows], part.preference, config)
         share = len(rows) / count
         (share * found.loss).backward()
         for name, value in describe(found, log_probs).items():
             sums[name] = sums.get(name, 0.0) + share * value
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    norm = nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
-    _check_finite(norm, "gradients")
+    norm = nn.utils.clip_grad_norm_(trained(policy), config.max_grad_norm)
+    check_finite(gradient=norm)
     optimizer.step()
     return sums | {"grad_norm": norm.item()}
 
@@ -341,7 +359,7 @@ def _rows(batch: Batch, pairs: Tensor) -> Batch:
     return Batch(*(t[rows] for t in batch[:3]), batch.reference[pairs], batch.preference[pairs])
 
 
-# --- train -----------------------------------------------------------------------------------------
+# --- train ---------------------------------------------------------------------------------------
 
 
 def train(
@@ -375,11 +393,11 @@ def train(
     frozen = models.reference(policy) if held_out or isinstance(policy, PeftModel) else None
     with frozen() if frozen else nullcontext(policy) as model:
         reference = _reference(model, [*data, *held_out], pad, config, cache)
-    optimizer = _optimizer(policy, config)
-    steps = config.epochs * sft.steps_per_epoch(data, config)
-    for step, rows in enumerate(_order(len(data), config)):
+    optimizer = adamw(policy, config.learning_rate)
+    steps = config.epochs * steps_per_epoch(len(data), config)
+    for step, rows in enumerate(shuffled(len(data), config)):
         batch = collate([data[i] for i in rows.tolist()], reference[rows], pad)
-        rate = _set_learning_rate(optimizer, step, steps, config)
+        rate = set_learning_rate(optimizer, step, steps, config.warm_up)
         found = update(policy, optimizer, _to(batch, device), config)
         kl = measured = None
         if held_out and ((step + 1) % config.evaluate_every == 0 or step + 1 == steps):
@@ -401,31 +419,6 @@ def _reference(
     if cache is not None:
         return cached_log_probs(cache, model, examples, pad_token_id)
     return reference_log_probs(model, examples, pad_token_id)
-
-
-def _order(count: int, config: Config) -> Iterator[Tensor]:
-    """Numbers of the pairs of each step: random order, `epochs` times; a last batch that would not
-    be full is left out, unless it is the only one."""
-    generator = torch.Generator().manual_seed(config.seed)
-    whole = max(1, count // config.batch_size) * config.batch_size
-    for _ in range(config.epochs):
-        yield from torch.randperm(count, generator=generator)[:whole].split(config.batch_size)
-
-
-def _optimizer(policy: nn.Module, config: Config) -> torch.optim.Optimizer:
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
-
-
-def _set_learning_rate(
-    optimizer: torch.optim.Optimizer, step: int, steps: int, config: Config
-) -> float:
-    rate = sft.learning_rate_at(
-        step, steps, sft.Config(config.learning_rate, warm_up=config.warm_up)
-    )
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    return rate
 
 
 @torch.no_grad()
@@ -471,7 +464,7 @@ def sampled_kl(
     return _log_ratio(rollout, frozen, 1).mean().item()
 
 
-# --- pairs of its own ------------------------------------------------------------------------------
+# --- pairs of its own ----------------------------------------------------------------------------
 
 
 def online(
@@ -495,26 +488,24 @@ def online(
     Source: Guo et al. 2024, "Direct Language Model Alignment from Online AI Feedback", section 3.
     """
     _check(config, soft=True)
-    if isinstance(prompts, str) or not prompts:
-        raise ValueError("prompts must be a list of at least one text")
+    check_prompts(prompts)
     policy.eval()
-    frozen, optimizer = models.reference(policy), _optimizer(policy, config)
+    frozen, optimizer = models.reference(policy), adamw(policy, config.learning_rate)
     pad, device = tokenizer.pad_token_id, next(policy.parameters()).device
     luck = torch.Generator(device).manual_seed(config.seed)
     for index in range(config.iterations):
-        some = [prompts[i] for i in ppo.prompt_indices(len(prompts), index, config)]
+        some = [prompts[i] for i in prompt_indices(len(prompts), index, config)]
         rollout, scores = answers(policy, tokenizer, some, reward, config, luck)
         data = judged(rollout, scores, scores.argmax(1), scores.argmin(1))
-        rate = _set_learning_rate(optimizer, index, config.iterations, config)
+        rate = set_learning_rate(optimizer, index, config.iterations, config.warm_up)
         with frozen() as model:
             reference = reference_log_probs(model, data, pad)
         seen = []
-        for rows in _order(len(data), config):
+        for rows in shuffled(len(data), config):
             batch = collate([data[i] for i in rows.tolist()], reference[rows], pad)
             seen.append(update(policy, optimizer, _to(batch, device), config))
-        found = {name: sum(one[name] for one in seen) / len(seen) for name in seen[0]}
         kl = _log_ratio(rollout, frozen, config.samples_per_prompt).mean().item()
-        yield Metrics(index + 1, **found, learning_rate=rate, kl=kl, held_out=None)
+        yield Metrics(index + 1, **mean_of(seen), learning_rate=rate, kl=kl, held_out=None)
 
 
 def answers(
@@ -528,7 +519,7 @@ def answers(
     """Responses to B prompts, and the judge's scores of them, [B, samples_per_prompt], on the
     CPU."""
     group = config.samples_per_prompt
-    found = ppo.respond(policy, tokenizer, prompts, reward, generator, group, config.max_new_tokens)
+    found = respond(policy, tokenizer, prompts, reward, generator, group, config.max_new_tokens)
     return found.rollout, found.scores.view(-1, group).cpu()
 
 
@@ -538,7 +529,8 @@ def judged(rollout: Rollout, scores: Tensor, first: Tensor, second: Tensor) -> l
     Args:
         rollout: N = B·G responses, those of a prompt next to each other.
         scores: [B, G], log-odds.
-        first, second: [B], which of the G; the one with the higher score becomes the chosen one, with
+        first, second: [B], which of the G; the one with the higher score becomes the chosen one,
+            with
             the label σ(difference of scores).
     Raises: ValueError if no pair is left.
     """
@@ -616,7 +608,7 @@ def _log_ratio(rollout: Rollout, frozen: Callable, count: int) -> Tensor:
     return (rollout.log_probs - ref_log_probs).sum(1)
 
 
-# --- on a language that can be listed --------------------------------------------------------------
+# --- on a language that can be listed ------------------------------------------------------------
 
 
 def train_exact(
@@ -646,9 +638,9 @@ def train_exact(
     lengths, pairs = language.mask.sum(1), torch.stack([chosen, rejected], 1)
     parameters = list(parameters)
     optimizer = torch.optim.Adam(parameters, lr=config.learning_rate)
-    steps = config.epochs * sft.steps_per_epoch(pairs, config)
-    for step, rows in enumerate(_order(len(pairs), config)):
-        _set_learning_rate(optimizer, step, steps, config)
+    steps = config.epochs * steps_per_epoch(len(pairs), config)
+    for step, rows in enumerate(shuffled(len(pairs), config)):
+        set_learning_rate(optimizer, step, steps, config.warm_up)
         part = pairs[rows]
         sure = torch.ones(len(part), dtype=reference.dtype)
         loss = pair_loss(log_probs()[part], reference[part], lengths[part], sure, config).loss
@@ -659,12 +651,7 @@ def train_exact(
         yield loss.item()
 
 
-# --- checks ----------------------------------------------------------------------------------------
-
-
-def _check_finite(values: Tensor, what: str) -> None:
-    if not torch.isfinite(values).all():
-        raise ValueError(f"the {what} are not finite; lower learning_rate or max_grad_norm")
+# --- checks --------------------------------------------------------------------------------------
 
 
 def _check(config: Config, data: Sequence[Example] | None = None, soft: bool = False) -> None:
@@ -684,6 +671,6 @@ def _check(config: Config, data: Sequence[Example] | None = None, soft: bool = F
     sure = not soft and all(one.preference == 1.0 for one in data or ())
     if config.variant not in _SOFT and not (sure and config.label_smoothing == 0.0):
         raise ValueError(
-            f"variant={config.variant!r} takes labels that are 1 and no label_smoothing; use one of "
-            f"{', '.join(map(repr, _SOFT))}, or put the preferred response first and drop ties"
+            f"variant={config.variant!r} takes labels that are 1 and no label_smoothing; use one"
+            f" of {', '.join(map(repr, _SOFT))}, or put the preferred response first and drop ties"
         )

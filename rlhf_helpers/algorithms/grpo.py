@@ -1,4 +1,5 @@
-"""Group relative policy optimisation, from top to bottom: problems, groups, advantages, update, train.
+"""Group relative policy optimisation, from top to bottom: problems, groups, advantages, update,
+train.
 
 `policy` is trained. `old` is the policy as it was when the batch was sampled; only its
 log-probabilities are kept. `reference`, needed if the KL has a price, is the policy as it was
@@ -26,23 +27,37 @@ from rlhf_helpers.advantages import (
     group_relative_advantages,
     leave_one_out_advantages,
 )
-from rlhf_helpers.algorithms import ppo, sft
 from rlhf_helpers.algorithms._loop import (
+    adamw,
     check_finite,
+    check_prompts,
     check_ratio,
     digest,
+    mean_of_updates,
+    picked,
     prompt_indices,
+    restore,
     set_learning_rate,
+    state_of,
+    trained,
+    trained_weights,
 )
+from rlhf_helpers.algorithms.sampling import respond
+from rlhf_helpers.algorithms.sampling import solve as solve
 from rlhf_helpers.logprobs import completion_log_probs
 from rlhf_helpers.losses import GRPO_TYPES, IMPORTANCE, grpo_loss
-from rlhf_helpers.rollout import write
-from rlhf_helpers.settings import Settings
-from rlhf_helpers.worlds import arithmetic
 
 SCALES = (*ADVANTAGE_SCALES, "leave-one-out")
 CONSTANT_GROUPS = ("keep", "drop", "resample")
-_COUNTS = ("iterations", "prompts", "samples_per_prompt", "max_new_tokens", "epochs", "mini_batches", "rounds")  # fmt: skip
+_COUNTS = (
+    "iterations",
+    "prompts",
+    "samples_per_prompt",
+    "max_new_tokens",
+    "epochs",
+    "mini_batches",
+    "rounds",
+)
 _POSITIVE = ("temperature", "learning_rate", "max_grad_norm", "clip")
 FORGET = 0.02  # how much of what is known of a kind of prompt each new group of it replaces
 EVEN = 0.1  # share of the prompts that a curriculum draws from all kinds alike
@@ -98,8 +113,16 @@ class Config:
     seed: int = 0
 
 
+# What the chapter changes, by scale.
+AT_SCALE = {
+    "tiny": {"iterations": 300},
+    "gpt2": {"iterations": 100, "learning_rate": 1e-5},
+}
+
+
 class Batch(NamedTuple):
-    """N = B·G completions of up to C tokens with their prompts; a group's samples are neighbours."""
+    """N = B·G completions of up to C tokens with their prompts; a group's samples are
+    neighbours."""
 
     tokens: Tensor  # [N, P + C]
     attention_mask: Tensor  # [N, P + C]
@@ -151,7 +174,7 @@ class Run:
     history: list[Metrics] = field(default_factory=list)
 
 
-# --- groups ----------------------------------------------------------------------------------------
+# --- groups --------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -168,7 +191,7 @@ def groups(
     Raises: ValueError as `rewards.score`.
     """
     group, how = config.samples_per_prompt, (config.max_new_tokens, config.temperature)
-    rollout, _, scores, ended = ppo.respond(
+    rollout, _, scores, ended = respond(
         run.policy, run.tokenizer, prompts, reward, run.sampling, group, *how, columns
     )
     mask = rollout.completion_mask
@@ -264,15 +287,18 @@ def collect(
     for _ in range(config.rounds if config.constant_groups == "resample" else 1):
         chosen = draw(run, len(prompts), config, kinds)
         run.rounds += 1
-        some = {name: [values[i] for i in chosen] for name, values in (columns or {}).items()}
-        batch = groups(run, [prompts[i] for i in chosen], reward, config, some)
+        some = [prompts[i] for i in chosen]
+        batch = groups(run, some, reward, config, picked(columns, chosen))
         if kinds is not None:
             seen += [kinds[i] for i in chosen]
             note(run, batch, seen[-len(chosen) :], config)
         batch, share = kept(batch, config)
         found.append(batch)
         shares.append(share)
-        if sum(len(one.rewards) for one in found if _varied(one)) >= config.prompts * config.samples_per_prompt:  # fmt: skip
+        if (
+            sum(len(one.rewards) for one in found if _varied(one))
+            >= config.prompts * config.samples_per_prompt
+        ):
             break
     useful = [one for one in found if _varied(one)] or found[:1]
     batch = _join(useful, run.tokenizer.pad_token_id)
@@ -315,19 +341,22 @@ def _join(batches: Sequence[Batch], pad_token_id: int) -> Batch:
         all_of("mask", False),
         all_of("old_log_probs"),
         all_of("ref_log_probs"),
-        *(torch.cat([getattr(one, n) for one in batches]) for n in ("rewards", "advantages", "ended")),
+        *(
+            torch.cat([getattr(one, n) for one in batches])
+            for n in ("rewards", "advantages", "ended")
+        ),
         sum(one.sampled for one in batches),
-    )  # fmt: skip
+    )
 
 
-# --- update ----------------------------------------------------------------------------------------
+# --- update --------------------------------------------------------------------------------------
 
 
 def update(run: Run, batch: Batch, config: Config) -> dict[str, float]:
     """Passes over the batch, each in mini-batches of whole groups.
 
     Returns: means over the updates, and how many there were.
-    Raises: ppo.TrainingStopped if the first ratio is not 1, or on a loss that is not finite.
+    Raises: TrainingStopped if the first ratio is not 1, or on a loss that is not finite.
     """
     group, seen = config.samples_per_prompt, []
     count = len(batch.rewards) // group
@@ -337,8 +366,7 @@ def update(run: Run, batch: Batch, config: Config) -> dict[str, float]:
             inside = torch.arange(group)
             rows = (chosen[:, None] * group + inside).flatten().to(batch.tokens.device)
             seen.append(step(run, _rows(batch, rows), config, first=not seen))
-    found = {name: sum(one[name] for one in seen) / len(seen) for name in seen[0]}
-    return found | {"approx_kl": seen[-1]["approx_kl"], "updates": len(seen)}
+    return mean_of_updates(seen)
 
 
 def step(run: Run, batch: Batch, config: Config, first: bool = False) -> dict[str, float]:
@@ -365,15 +393,14 @@ def step(run: Run, batch: Batch, config: Config, first: bool = False) -> dict[st
         config.bias_correct_kl,
     )
     found.loss.backward()
-    trained = [p for p in run.policy.parameters() if p.requires_grad]
-    norm = nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
+    norm = nn.utils.clip_grad_norm_(trained(run.policy), config.max_grad_norm)
     check_finite(loss=found.loss.detach(), gradient=norm)
     run.optimizer.step()
     numbers = zip(("loss", "clip_fraction", "approx_kl"), found, strict=True)
     return {name: value.item() for name, value in numbers} | {"grad_norm": norm.item()}
 
 
-# --- train -----------------------------------------------------------------------------------------
+# --- train ---------------------------------------------------------------------------------------
 
 
 def start(policy: nn.Module, tokenizer: Tokenizer, config: Config) -> Run:
@@ -381,12 +408,11 @@ def start(policy: nn.Module, tokenizer: Tokenizer, config: Config) -> Run:
     reference."""
     policy.eval()  # no dropout: the first ratio has to be 1
     device = next(policy.parameters()).device
-    trained = [p for p in policy.parameters() if p.requires_grad]
     return Run(
         policy,
         tokenizer,
         models.reference(policy) if config.beta else None,
-        torch.optim.AdamW([{"params": trained, "highest": config.learning_rate}], weight_decay=0.0),
+        adamw(policy, config.learning_rate),
         torch.Generator(device).manual_seed(config.seed),
         torch.Generator().manual_seed(config.seed),
     )
@@ -419,7 +445,7 @@ def train(
             same arguments, the policy as it was at the start included.
         save_every: iterations from one checkpoint to the next; the last is always kept.
     Yields: Metrics, one an iteration; those of earlier iterations first when a run goes on.
-    Raises: ValueError on settings out of range, or as `checkpoint.load`; ppo.TrainingStopped, with
+    Raises: ValueError on settings out of range, or as `checkpoint.load`; TrainingStopped, with
         a name, on a fault that more iterations would not mend.
     Source: Shao et al. 2024, "DeepSeekMath", algorithm 1.
     """
@@ -489,78 +515,20 @@ def measure(batch: Batch, config: Config) -> dict[str, float]:
     }
 
 
-def solve(
-    policy: nn.Module,
-    tokenizer: Tokenizer,
-    problems: Sequence[arithmetic.Problem],
-    samples: int,
-    max_new_tokens: int,
-    seed: int = 0,
-    greedy: bool = False,
-) -> Tensor:
-    """Which of a policy's samples solve the problems: [problems, samples], True where right, for
-    `arithmetic.pass_at_k`. Greedy takes the likeliest token each time, so one sample is enough."""
-    device = next(policy.parameters()).device
-    texts = write(
-        policy,
-        tokenizer,
-        [one.prompt for one in problems],
-        max_new_tokens,
-        samples_per_prompt=samples,
-        top_k=1 if greedy else 0,
-        generator=torch.Generator(device).manual_seed(seed),
-    )
-    answers = [one.answer for one in problems for _ in range(samples)]
-    right = arithmetic.exact([], texts, answers)
-    return torch.tensor(right).view(len(problems), samples) == 1.0
-
-
-def of_chapter_09(run: Settings) -> tuple[nn.Module, Tokenizer]:
-    """The model that adds, carelessly, and its tokenizer: read from the package at scale tiny, made
-    anew at gpt2 from demonstrations of a careless writer, which takes minutes.
-
-    Raises: OSError as `models.load`.
-    """
-    policy, tokenizer = models.load(run.arithmetic_model or run.model, device=run.device)
-    if not run.arithmetic_model:
-        examples = arithmetic.demonstrations(run.demonstrations)
-        config = sft.Config(learning_rate=run.sft_learning_rate, batch_size=32)
-        for _ in sft.train(policy, tokenizer, examples, config):
-            pass
-    return policy, tokenizer
-
-
-# --- a run that goes on ----------------------------------------------------------------------------
-
-
-def _weights(run: Run) -> dict[str, Tensor]:
-    return {name: p.detach() for name, p in run.policy.named_parameters() if p.requires_grad}
+# --- a run that goes on --------------------------------------------------------------------------
 
 
 def _state(run: Run) -> dict[str, Any]:
-    return {
-        "weights": _weights(run),
-        "optimizer": run.optimizer.state_dict(),
-        "sampling": run.sampling.get_state(),
-        "order": run.order.get_state(),
-        "rounds": run.rounds,
-        "learnability": run.learnability,
-        "history": [list(metrics) for metrics in run.history],
-    }
+    drawn = {"rounds": run.rounds, "learnability": run.learnability}
+    return state_of(run, trained_weights(run.policy), **drawn)
 
 
-@torch.no_grad()
 def _restore(run: Run, found: checkpoint.Checkpoint | None) -> None:
     if found is None:
         return
-    for name, parameter in _weights(run).items():
-        parameter.copy_(found.state["weights"][name])
-    run.optimizer.load_state_dict(found.state["optimizer"])
-    run.sampling.set_state(found.state["sampling"])
-    run.order.set_state(found.state["order"])
+    restore(run, trained_weights(run.policy), found, Metrics)
     run.rounds = found.state["rounds"]
     run.learnability = found.state["learnability"]
-    run.history = [Metrics(*values) for values in found.state["history"]]
 
 
 def _check(
@@ -569,11 +537,7 @@ def _check(
     columns: Mapping[str, Sequence] | None,
     kinds: Sequence[str] | None,
 ) -> None:
-    if isinstance(prompts, str) or not prompts:
-        raise ValueError("prompts must be a list of at least one text")
-    for name, values in (columns or {}).items():
-        if len(values) != len(prompts):
-            raise ValueError(f"columns[{name!r}] has {len(values)} entries for {len(prompts)} prompts")  # fmt: skip
+    check_prompts(prompts, columns)
     if kinds is not None:
         if len(kinds) != len(prompts):
             raise ValueError(f"kinds has {len(kinds)} entries for {len(prompts)} prompts")
@@ -590,6 +554,10 @@ def _check(
     in_range(config.beta, "beta", 0.0)
     in_range(config.warm_up, "warm_up", 0.0, 1.0)
     if config.samples_per_prompt < 2:
-        raise ValueError("samples_per_prompt must be 2 or more; a group needs another to compare with")  # fmt: skip
+        raise ValueError(
+            "samples_per_prompt must be 2 or more; a group needs another to compare with"
+        )
     if config.prompts % config.mini_batches:
-        raise ValueError(f"mini_batches={config.mini_batches} must divide the {config.prompts} prompts")  # fmt: skip
+        raise ValueError(
+            f"mini_batches={config.mini_batches} must divide the {config.prompts} prompts"
+        )

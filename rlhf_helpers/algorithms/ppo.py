@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from rlhf_helpers import checkpoint, models, rewards
@@ -28,12 +27,20 @@ from rlhf_helpers.algorithms import sft
 from rlhf_helpers.algorithms._loop import (
     TrainingStopped,
     check_finite,
+    check_prompts,
     check_ratio,
     digest,
+    mean_of_updates,
+    picked,
     prompt_indices,
+    restore,
     set_learning_rate,
+    state_of,
     trained,
+    trained_weights,
 )
+from rlhf_helpers.algorithms.sampling import evaluate as evaluate
+from rlhf_helpers.algorithms.sampling import respond
 from rlhf_helpers.kl import AdaptiveKLController, kl_estimate
 from rlhf_helpers.logprobs import (
     completion_log_probs,
@@ -43,7 +50,6 @@ from rlhf_helpers.logprobs import (
     token_log_probs,
 )
 from rlhf_helpers.losses import PolicyLoss, ppo_clip_loss, value_loss
-from rlhf_helpers.rollout import Rollout, sample
 
 BASELINES = ("value", "group", "none")
 PATIENCE = 5  # iterations in a row before a slow fault stops a run
@@ -128,6 +134,20 @@ class Config:
     seed: int = 0
 
 
+# What the chapter changes, by scale.
+AT_SCALE = {
+    "tiny": {"iterations": 15},
+    "gpt2": {
+        "iterations": 60,
+        "max_new_tokens": 64,
+        "learning_rate": 1e-5,
+        "value_learning_rate": 1e-5,
+        # so that GPT-2 fits into the memory of a small GPU
+        "micro_batch": 2,
+    },
+}
+
+
 class Batch(NamedTuple):
     """What one iteration learns from: N completions of up to C tokens, with their prompts; samples
     of one prompt are neighbours."""
@@ -186,7 +206,7 @@ class Run:
     history: list[Metrics] = field(default_factory=list)
 
 
-# --- collect ---------------------------------------------------------------------------------------
+# --- collect -------------------------------------------------------------------------------------
 
 
 def kl_rewards(
@@ -209,51 +229,6 @@ def kl_rewards(
     last = mask.sum(1) - 1
     rewards[torch.arange(len(mask), device=mask.device), last] += scores.to(rewards)
     return rewards
-
-
-class Responses(NamedTuple):
-    """Completions of a policy and what a judge said of them; samples of one prompt are
-    neighbours."""
-
-    rollout: Rollout
-    texts: list[str]  # N
-    scores: Tensor  # [N], float32, on the policy's device
-    ended: Tensor  # [N], whether it came to its end token
-
-
-@torch.no_grad()
-def respond(
-    policy: nn.Module,
-    tokenizer: Tokenizer,
-    prompts: Sequence[str],
-    reward: rewards.Reward,
-    generator: torch.Generator,
-    samples_per_prompt: int,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    columns: Mapping[str, Sequence] | None = None,
-) -> Responses:
-    """Sample completions of each prompt, and score them.
-
-    Raises: ValueError as `rewards.score`.
-    """
-    group, device = samples_per_prompt, next(policy.parameters()).device
-    rollout = sample(
-        policy,
-        *models.encode_prompts(tokenizer, prompts, device),
-        max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        temperature=temperature,
-        samples_per_prompt=group,
-        generator=generator,
-    )
-    completions = rollout.tokens[:, rollout.prompt_length :]
-    texts = models.decode(tokenizer, completions, rollout.completion_mask)
-    ended = ((completions == tokenizer.eos_token_id) & rollout.completion_mask).any(1)
-    repeated = {k: [x for x in v for _ in range(group)] for k, v in (columns or {}).items()}
-    scores = rewards.score(reward, [p for p in prompts for _ in range(group)], texts, **repeated)
-    return Responses(rollout, texts, scores.to(device, torch.float32), ended)
 
 
 @torch.no_grad()
@@ -310,7 +285,7 @@ def advantages_of(
     return (masked_whiten(advantages, mask) if config.whiten else advantages), returns
 
 
-# --- update ----------------------------------------------------------------------------------------
+# --- update --------------------------------------------------------------------------------------
 
 
 def update(
@@ -335,8 +310,7 @@ def update(
         else:
             continue
         break
-    found = {name: sum(one[name] for one in seen) / len(seen) for name in seen[0]}
-    return found | {"approx_kl": seen[-1]["approx_kl"], "updates": len(seen)}
+    return mean_of_updates(seen)
 
 
 def step(
@@ -426,7 +400,7 @@ def completion_logits(
     return completion_states(model, tokens, attention_mask.long(), completion_length, 1)
 
 
-# --- train -----------------------------------------------------------------------------------------
+# --- train ---------------------------------------------------------------------------------------
 
 
 def start(
@@ -516,8 +490,8 @@ def train(
     for index in range(len(run.history), config.iterations):
         set_learning_rate(run.optimizer, index, config.iterations, config.warm_up)
         chosen = prompt_indices(len(prompts), index, config)
-        some = {name: [values[i] for i in chosen] for name, values in (columns or {}).items()}
-        metrics = iterate(run, [prompts[i] for i in chosen], reward, config, some, examples)
+        some = [prompts[i] for i in chosen]
+        metrics = iterate(run, some, reward, config, picked(columns, chosen), examples)
         run.history.append(metrics)
         due = metrics.iteration % save_every == 0 or metrics.iteration == config.iterations
         if folder is not None and due:
@@ -580,129 +554,28 @@ def measure(run: Run, batch: Batch, config: Config) -> dict[str, float]:
     }
 
 
-def watch(
-    history: Iterator[Metrics], iterations: int, folder: str | Path | None = None
-) -> Iterator[Metrics]:
-    """The same metrics, with a progress bar in text and, if wanted, as curves for TensorBoard.
-
-    Args:
-        history: what `train` returns.
-        iterations: how many there will be.
-        folder: where TensorBoard's files go; None writes none.
-    Raises: ImportError if a folder is given and tensorboard is not installed.
-    """
-    writer = None
-    if folder is not None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ImportError("folder needs TensorBoard: run pip install tensorboard") from error
-        writer = SummaryWriter(str(folder))
-    with tqdm(total=iterations, unit="iteration") as bar:
-        for metrics in history:
-            bar.set_postfix_str(f"score {metrics.score:.2f}, KL {metrics.kl:.1f} nats")
-            bar.update()
-            if writer is not None:
-                for name, value in metrics._asdict().items():
-                    writer.add_scalar(name, value, metrics.iteration)
-            yield metrics
-    if writer is not None:
-        writer.close()
-
-
-class Evaluation(NamedTuple):
-    """A policy's samples on some prompts, N in all; samples of one prompt are neighbours."""
-
-    texts: list[str]
-    scores: dict[str, Tensor]  # [N] for each judge
-    kl: Tensor  # [N], log π − log π_ref summed over tokens; its mean estimates KL(π‖π_ref), nats
-
-
-@torch.no_grad()
-def evaluate(
-    policy: nn.Module,
-    reference: nn.Module,
-    tokenizer: Tokenizer,
-    prompts: Sequence[str],
-    judges: Mapping[str, rewards.Reward],
-    config: Config,
-    seed: int = 0,
-) -> Evaluation:
-    """Sample from a policy as in training, and judge; nothing is learned.
-
-    Args:
-        policy, reference: causal language models; for a LoRA policy, another copy as reference.
-        prompts: texts, best some that were never trained on.
-        judges: reward functions by name.
-        config: samples_per_prompt, max_new_tokens and temperature are used.
-        seed: of the sampling.
-    """
-    device = next(policy.parameters()).device
-    rollout = sample(
-        policy,
-        *models.encode_prompts(tokenizer, prompts, device),
-        config.max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        temperature=config.temperature,
-        samples_per_prompt=config.samples_per_prompt,
-        generator=torch.Generator(device).manual_seed(seed),
-    )
-    mask = rollout.completion_mask
-    ref_log_probs = completion_log_probs(
-        reference,
-        rollout.tokens,
-        rollout.attention_mask,
-        mask.shape[1],
-        config.temperature,
-        samples_per_prompt=config.samples_per_prompt,
-    )
-    texts = models.decode(tokenizer, rollout.tokens[:, rollout.prompt_length :], mask)
-    repeated = [prompt for prompt in prompts for _ in range(config.samples_per_prompt)]
-    scores = {name: rewards.score(judge, repeated, texts) for name, judge in judges.items()}
-    return Evaluation(texts, scores, (rollout.log_probs - ref_log_probs).sum(1).double().cpu())
-
-
-# --- a run that goes on ----------------------------------------------------------------------------
+# --- a run that goes on --------------------------------------------------------------------------
 
 
 def _weights(run: Run) -> dict[str, dict[str, Tensor]]:
-    found = {}
-    for name, model in (("policy", run.policy), ("value_model", run.value_model)):
-        if model is not None:
-            found[name] = {k: p.detach() for k, p in model.named_parameters() if p.requires_grad}
-    return found
+    both = {"policy": run.policy, "value_model": run.value_model}
+    return {name: trained_weights(model) for name, model in both.items() if model is not None}
 
 
 def _state(run: Run) -> dict[str, Any]:
-    return {
-        "weights": _weights(run),
-        "optimizer": run.optimizer.state_dict(),
-        "sampling": run.sampling.get_state(),
-        "order": run.order.get_state(),
-        "kl_coefficient": run.kl_coefficient,
-        "history": [list(metrics) for metrics in run.history],
-    }
+    return state_of(run, _weights(run), kl_coefficient=run.kl_coefficient)
 
 
-@torch.no_grad()
 def _restore(run: Run, found: checkpoint.Checkpoint | None) -> None:
     if found is None:
         return
-    state = found.state
-    for name, weights in _weights(run).items():
-        for key, parameter in weights.items():
-            parameter.copy_(state["weights"][name][key])
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.sampling.set_state(state["sampling"])
-    run.order.set_state(state["order"])
-    run.kl_coefficient = state["kl_coefficient"]
+    restore(run, _weights(run), found, Metrics)
+    run.kl_coefficient = found.state["kl_coefficient"]
     if run.controller is not None:
         run.controller.coefficient = run.kl_coefficient
-    run.history = [Metrics(*values) for values in state["history"]]
 
 
-# --- what stops a run ------------------------------------------------------------------------------
+# --- what stops a run ----------------------------------------------------------------------------
 
 
 def diagnose(history: Sequence[Metrics]) -> None:
@@ -739,14 +612,7 @@ def _check(
     columns: Mapping[str, Sequence] | None,
     ptx: Sequence[tuple[str, str]],
 ) -> None:
-    if isinstance(prompts, str) or not prompts:
-        raise ValueError("prompts must be a list of at least one text")
-    for name, values in (columns or {}).items():
-        if len(values) != len(prompts):
-            raise ValueError(
-                f"columns[{name!r}] has {len(values)} entries for {len(prompts)} prompts; make them "
-                "equal"
-            )
+    check_prompts(prompts, columns)
     if config.ptx_coefficient and not ptx:
         raise ValueError(
             "ptx is empty, but ptx_coefficient is not 0; pass (prompt, response) pairs"

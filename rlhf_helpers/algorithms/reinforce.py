@@ -98,7 +98,8 @@ def _check(logits: Tensor, bandit: GaussianBandit, config: Config) -> None:
         )
     if bandit.means.dim() == 2 and len(bandit.means) != len(logits):
         raise ValueError(
-            f"bandit has {len(bandit.means)} rows of means, logits {len(logits)} rows; make them equal"
+            f"bandit has {len(bandit.means)} rows of means, logits {len(logits)} rows; make them"
+            " equal"
         )
     one_of(config.baseline, BASELINES, "baseline")
     in_range(config.steps, "steps", 1)

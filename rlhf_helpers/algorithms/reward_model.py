@@ -17,11 +17,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from rlhf_helpers import models, preferences, rewards, worlds
+from rlhf_helpers import models
 from rlhf_helpers._validate import finite, in_range, one_of, same_shape
-from rlhf_helpers.algorithms import sft
+from rlhf_helpers.algorithms._loop import (
+    check_finite,
+    set_learning_rate,
+    steps_per_epoch,
+    trained,
+)
 from rlhf_helpers.losses import bradley_terry_loss, plackett_luce_loss, rao_kupper_loss
-from rlhf_helpers.settings import Settings
 
 LOSSES = ("bradley-terry", "plackett-luce", "rao-kupper")
 SIDES = ("right", "left")
@@ -60,6 +64,11 @@ class Config:
     centring: float = 0.0
     evaluate_every: int = 50
     seed: int = 0
+
+
+# What the chapter changes, by scale, and how many pairs it trains on.
+AT_SCALE = {"tiny": {"learning_rate": 6e-4}, "gpt2": {"learning_rate": 2e-5}}
+PAIRS = 2000
 
 
 class Comparison(NamedTuple):
@@ -102,7 +111,7 @@ class Metrics(NamedTuple):
     held_out: Evaluation | None  # after the step; None where not measured
 
 
-# --- the model -------------------------------------------------------------------------------------
+# --- the model -----------------------------------------------------------------------------------
 
 
 def load(
@@ -243,7 +252,7 @@ def as_reward(model: nn.Module, tokenizer: Tokenizer) -> Callable[..., list[floa
     return reward_model
 
 
-# --- training --------------------------------------------------------------------------------------
+# --- training ------------------------------------------------------------------------------------
 
 
 def comparisons(pairs: Iterable[Mapping]) -> list[Comparison]:
@@ -294,7 +303,7 @@ def batches(
     generator = torch.Generator().manual_seed(config.seed)
     for _ in range(config.epochs):
         order = torch.randperm(len(data), generator=generator)
-        order = order[: sft.steps_per_epoch(data, config) * config.batch_size]
+        order = order[: steps_per_epoch(len(data), config) * config.batch_size]
         pools = order.split(_POOL * config.batch_size)
         sorted_pools = [pool[lengths[pool].argsort(stable=True)] for pool in pools]
         parts = [part for pool in sorted_pools for part in pool.split(config.batch_size)]
@@ -338,14 +347,15 @@ def update(
     """One step down the gradient of the loss: all responses of a batch in one pass.
 
     Returns: the loss before the step, the mean margin, the gradient's norm.
+    Raises: TrainingStopped on a loss or a gradient that is not finite; there is no step then.
     """
     flat = last_scores(model, batch.tokens, batch.attention_mask)
     by_comparison = flat.view(len(batch.preference), -1)
     loss = reward_model_loss(by_comparison, batch, config, log_threshold)
     optimizer.zero_grad()
     loss.backward()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    norm = nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
+    norm = nn.utils.clip_grad_norm_(trained(model), config.max_grad_norm)
+    check_finite(loss=loss.detach(), gradient=norm)
     optimizer.step()
     margin = (by_comparison[:, 0] - by_comparison[:, -1]).mean()
     return loss.item(), margin.item(), norm.item()
@@ -368,26 +378,22 @@ def train(
         held_out: comparisons of two that are never trained on, measured every `evaluate_every`
             steps and after the last.
     Yields: Metrics, one a step.
-    Raises: ValueError on no comparisons, unequal numbers of responses, labels that the loss does not
-        use, settings out of range, a loss that is not finite.
+    Raises: ValueError on no comparisons, unequal numbers of responses, labels that the loss does
+        not
+        use, settings out of range; TrainingStopped as `update`.
     """
     _check(data, config)
     model.eval()  # no dropout: the score that is trained is the score that is used
     log_threshold = torch.zeros((), requires_grad=True) if config.loss == "rao-kupper" else None
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": trained, "weight_decay": config.weight_decay}]
+    groups = [{"params": trained(model), "weight_decay": config.weight_decay}]
     if log_threshold is not None:
         groups.append({"params": [log_threshold], "weight_decay": 0.0})
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=BETAS)
-    steps = config.epochs * sft.steps_per_epoch(data, config)
+    steps = config.epochs * steps_per_epoch(len(data), config)
     device = next(model.parameters()).device
     for step, batch in enumerate(batches(data, tokenizer, config, device)):
-        rate = sft.learning_rate_at(step, steps, config)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        rate = set_learning_rate(optimizer, step, steps, config.warm_up)
         loss, margin, norm = update(model, optimizer, batch, config, log_threshold)
-        if not math.isfinite(loss):
-            raise ValueError(f"the loss is {loss} at step {step + 1}; lower learning_rate")
         threshold = None if log_threshold is None else log_threshold.exp().item()
         due = (step + 1) % config.evaluate_every == 0 or step + 1 == steps
         measured = evaluate(model, tokenizer, held_out) if held_out and due else None
@@ -403,8 +409,8 @@ def _check(data: Sequence[Comparison], config: Config) -> None:
     for index, one in enumerate(data):
         if len(one.responses) != size:
             raise ValueError(
-                f"data[{index}] has {len(one.responses)} responses and data[0] has {size}; train on "
-                "comparisons of one size"
+                f"data[{index}] has {len(one.responses)} responses and data[0] has {size}; train"
+                " on comparisons of one size"
             )
         labels = {"margin", "weight", "preference"} - {
             "bradley-terry": {"margin", "weight", "preference"},
@@ -432,7 +438,7 @@ def _check(data: Sequence[Comparison], config: Config) -> None:
     in_range(config.max_grad_norm, "max_grad_norm", 0.0, open_low=True)
 
 
-# --- measuring -------------------------------------------------------------------------------------
+# --- measuring -----------------------------------------------------------------------------------
 
 
 def score_gaps(model: nn.Module, tokenizer: Tokenizer, data: Sequence[Comparison]) -> Tensor:
@@ -552,51 +558,3 @@ def fit_temperature(gaps: Tensor, preference: Tensor) -> float:
         middle = math.sqrt(low * high)
         low, high = (middle, high) if slope(middle) < 0 else (low, middle)
     return 1.0 / math.sqrt(low * high)
-
-
-# --- the reward model of chapter 06 ----------------------------------------------------------------
-
-
-def pairs_of_chapter_06(run: Settings, seed: int = 0) -> list[Comparison]:
-    """Two responses of the language model to each opening, and how many of five simulated
-    annotators prefer the first: what chapters 06 and 08 train on.
-
-    Args:
-        run: model, world, number of pairs and annotators' temperature.
-        seed: of the openings, the responses and the answers.
-    """
-    policy, tokenizer = models.load(run.model, device=run.device)
-    prompts = worlds.load(run.world).openings("train", run.preference_pairs, seed)
-    luck = torch.Generator(run.device).manual_seed(seed)
-    pairs = preferences.sample_pairs(policy, tokenizer, prompts, run.max_new_tokens, luck)
-    people = preferences.crowd(run.annotator_temperature)
-    said = preferences.annotate(*pairs, rewards.true_utility(run), people, seed).preferences
-    return labelled(*pairs, said.mean(1))
-
-
-def fit(run: Settings, seed: int = 0) -> PreTrainedModel:
-    """A reward model made as in chapter 06, on its pairs in one pass.
-
-    Args:
-        run: as in `pairs_of_chapter_06`, and the learning rate.
-        seed: of the pairs and the order of training.
-    """
-    model, tokenizer = load(*models.load(run.model, device=run.device), run.device)
-    config = Config(learning_rate=run.reward_learning_rate, seed=seed)
-    for _ in train(model, tokenizer, pairs_of_chapter_06(run, seed), config):
-        pass
-    return model
-
-
-def of_chapter_06(run: Settings) -> PreTrainedModel:
-    """The reward model that chapter 06 trains, for the chapters after it: read from the package at
-    scale tiny, made anew by `fit` at gpt2, which takes minutes.
-
-    Raises: OSError if the package is not whole.
-    """
-    if not run.reward_model:
-        return fit(run)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        run.reward_model, use_safetensors=True, trust_remote_code=False
-    )
-    return model.to(run.device).eval()

@@ -6,7 +6,6 @@ that all responses begin in one column.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,6 +15,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_helpers._validate import in_range, one_of
+from rlhf_helpers.algorithms._loop import (
+    adamw,
+    check_finite,
+    set_learning_rate,
+    shuffled,
+    steps_per_epoch,
+    trained,
+)
 from rlhf_helpers.logprobs import completion_log_probs, masked_mean
 
 LOSS_ON = ("response", "all")
@@ -45,6 +52,12 @@ class Config:
     loss_on: str = "response"
     evaluate_every: int = 25
     seed: int = 0
+
+
+# What the chapter changes, by scale: for all weights, and for an adapter.
+AT_SCALE = {"tiny": {"learning_rate": 1e-3}, "gpt2": {"learning_rate": 5e-5}}
+LORA_AT_SCALE = {"tiny": {"learning_rate": 1e-2}, "gpt2": {"learning_rate": 1e-3}}
+EXAMPLES = {"tiny": 3200, "gpt2": 1600}  # that it trains on
 
 
 class Example(NamedTuple):
@@ -123,19 +136,9 @@ def batches(
 ) -> Iterator[Batch]:
     """The examples in random order, `epochs` times; a last batch that would not be full is left
     out, unless it is the only one."""
-    generator = torch.Generator().manual_seed(config.seed)
-    for _ in range(config.epochs):
-        order = torch.randperm(len(examples), generator=generator).tolist()
-        for begin in range(
-            0, steps_per_epoch(examples, config) * config.batch_size, config.batch_size
-        ):
-            part = [examples[i] for i in order[begin : begin + config.batch_size]]
-            yield Batch(*(t.to(device) for t in collate(part, pad_token_id, config.loss_on)))
-
-
-def steps_per_epoch(examples: Sequence[Example], config: Config) -> int:
-    """How many batches one pass has."""
-    return max(1, len(examples) // config.batch_size)
+    for rows in shuffled(len(examples), config):
+        part = [examples[i] for i in rows.tolist()]
+        yield Batch(*(t.to(device) for t in collate(part, pad_token_id, config.loss_on)))
 
 
 def sft_loss(policy: nn.Module, batch: Batch) -> Tensor:
@@ -160,23 +163,18 @@ def sft_loss(policy: nn.Module, batch: Batch) -> Tensor:
 def update(
     policy: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, max_grad_norm: float = 1.0
 ) -> tuple[float, float]:
-    """One step down the gradient of the loss. Returns the loss and the gradient's norm before
-    it."""
+    """One step down the gradient of the loss.
+
+    Returns: the loss and the gradient's norm before it.
+    Raises: TrainingStopped on a loss or a gradient that is not finite; there is no step then.
+    """
     loss = sft_loss(policy, batch)
     optimizer.zero_grad()
     loss.backward()
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    norm = nn.utils.clip_grad_norm_(trained, max_grad_norm)
+    norm = nn.utils.clip_grad_norm_(trained(policy), max_grad_norm)
+    check_finite(loss=loss.detach(), gradient=norm)
     optimizer.step()
     return loss.item(), norm.item()
-
-
-def learning_rate_at(step: int, steps: int, config: Config) -> float:
-    """Learning rate of step 0, 1, …, steps − 1: up in a straight line, then down to 0."""
-    rising = config.warm_up * steps
-    up = (step + 1) / rising if rising > 0 else math.inf
-    down = (steps - step) / max(1.0, steps - rising)
-    return config.learning_rate * min(1.0, up, down)
 
 
 def train(
@@ -196,22 +194,17 @@ def train(
         held_out: pairs that are never trained on, to be measured every `evaluate_every` steps and
             after the last.
     Yields: Metrics, one a step.
-    Raises: ValueError on empty texts, no pairs, settings out of range, a loss that is not finite.
+    Raises: ValueError on empty texts, no pairs, settings out of range; TrainingStopped as `update`.
     """
     _check(pairs, config)
     policy.eval()  # no dropout: what is trained is what is sampled
     examples = encode(tokenizer, pairs)
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
-    steps = config.epochs * steps_per_epoch(examples, config)
+    optimizer = adamw(policy, config.learning_rate)
+    steps = config.epochs * steps_per_epoch(len(examples), config)
     device = next(policy.parameters()).device
     for step, batch in enumerate(batches(examples, config, tokenizer.pad_token_id, device)):
-        rate = learning_rate_at(step, steps, config)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        rate = set_learning_rate(optimizer, step, steps, config.warm_up)
         loss, norm = update(policy, optimizer, batch, config.max_grad_norm)
-        if not math.isfinite(loss):
-            raise ValueError(f"the loss is {loss} at step {step + 1}; lower learning_rate")
         due = (step + 1) % config.evaluate_every == 0 or step + 1 == steps
         measured = cross_entropy(policy, tokenizer, held_out) if held_out and due else None
         yield Metrics(step + 1, loss, norm, rate, measured)

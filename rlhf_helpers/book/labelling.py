@@ -210,7 +210,7 @@ def _row(record: dict) -> dict:
     }
 
 
-# --- the file --------------------------------------------------------------------------------------
+# --- the file ------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -283,7 +283,7 @@ def _write(file: BinaryIO, data: bytes) -> None:
     os.fsync(file.fileno())
 
 
-# --- the panel -------------------------------------------------------------------------------------
+# --- the panel -----------------------------------------------------------------------------------
 
 # name: text, key in words
 _BUTTONS = {
@@ -486,7 +486,8 @@ _STYLE = """
   width: auto; height: 34px; margin: 0; padding: 0 14px; line-height: 32px; font-size: 14px;
   color: var(--ink); background: var(--card); border: 1px solid var(--line); border-radius: 6px;
 }
-.rlhf-label button.rlhf-a, .rlhf-label button.rlhf-b, .rlhf-label button.rlhf-tie { flex: 1 1 auto; }
+.rlhf-label button.rlhf-a, .rlhf-label button.rlhf-b,
+.rlhf-label button.rlhf-tie { flex: 1 1 auto; }
 .rlhf-label button.rlhf-a { border-bottom: 3px solid var(--one); }
 .rlhf-label button.rlhf-b { border-bottom: 3px solid var(--two); }
 .rlhf-label button::after {

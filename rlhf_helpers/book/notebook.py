@@ -8,6 +8,7 @@ import platform
 import sys
 import time
 import warnings
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -33,7 +34,8 @@ def setup(chapter: str, scale: str | None = None) -> settings.Settings:
         os.environ["RLHF_SCALE"] = scale
     chosen = settings.load()
     _quiet()
-    # tensors here are small: a second thread costs more than it brings, and can change the last digits
+    # tensors here are small: a second thread costs more than it brings, and can change the last
+    # digits
     torch.set_num_threads(1)
     plots.use_style()
     shell = get_ipython()
@@ -44,7 +46,8 @@ def setup(chapter: str, scale: str | None = None) -> settings.Settings:
 
 
 def _quiet() -> None:
-    """No progress bars and no advice from the libraries: what a cell prints is compared letter by letter."""
+    """No progress bars and no advice from the libraries: what a cell prints is compared letter by
+    letter."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft")
     if "transformers" in sys.modules:
         from datasets import disable_progress_bars
@@ -67,7 +70,8 @@ def recorded(chapter: str, scale: str) -> str:
 
 
 def recorded_sweep(chapter: str, run: settings.Settings) -> dict | None:
-    """What `make results` recorded for this chapter; None at a scale that it was not recorded at."""
+    """What `make results` recorded for this chapter; None at a scale that it was not recorded
+    at."""
     if run.scale != "tiny":
         return None
     path = resources.files("rlhf_helpers").joinpath(f"assets/results/{chapter}.json")
@@ -85,8 +89,10 @@ def record_sweep(chapter: str, started: float, asked: dict, results: dict) -> No
     """
     torch_version = torch.__version__.split("+")[0]
     record = {
-        "command": "make results",
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch_version}, one thread",
+        "command": f"make results CHAPTER={chapter}",
+        "machine": (
+            f"{os.cpu_count()} cores, {platform.machine()}, torch {torch_version}, one thread"
+        ),
         "seconds": round(time.perf_counter() - started),
         "settings": asked,
         "results": results,
@@ -99,6 +105,33 @@ def record_sweep(chapter: str, started: float, asked: dict, results: dict) -> No
 def say(sentence: str) -> None:
     """Display a sentence that carries numbers of this run, as Markdown."""
     display(Markdown(sentence))
+
+
+def table(rows: Iterable[Sequence[object]], columns: Sequence[str], title: str = "") -> None:
+    """Display a table as Markdown.
+
+    Args:
+        rows: each with one cell for each column; a cell is shown as `str` gives it, on one line.
+        columns: the names above them; "" leaves one empty.
+        title: a sentence above the table; "" for none.
+    Raises: ValueError on a row of another length.
+    """
+    lines = [_row(columns), "|" + "---|" * len(columns)]
+    for index, row in enumerate(rows):
+        if len(row) != len(columns):
+            raise ValueError(f"rows[{index}] has {len(row)} cells for {len(columns)} columns")
+        lines.append(_row(row))
+    say((title and title + "\n\n") + "\n".join(lines) + "\n")
+
+
+def _row(cells: Sequence[object]) -> str:
+    texts = (" ".join(str(cell).replace("|", "\\|").split()) for cell in cells)
+    return "|" + "|".join(f" {text} " if text else " " for text in texts) + "|"
+
+
+def brief(text: str, length: int = 160) -> str:
+    """The beginning of a text on one line, so that it fits into the cell of a table."""
+    return " ".join(text.replace("|", "/").split())[:length]
 
 
 def claims(*rows: tuple[str, float, float, float]) -> None:

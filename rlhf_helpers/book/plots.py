@@ -1,4 +1,5 @@
-"""Figures of the book: one look, the same colour for the same method everywhere, bands over independent runs.
+"""Figures of the book: one look, the same colour for the same method everywhere, bands over
+independent runs.
 
 Colours are those of Okabe and Ito, which people with colour-blindness can tell apart.
 """
@@ -90,8 +91,8 @@ def band(
     faint: int = 10,
     floor: float = -np.inf,
 ) -> None:
-    """Draw the mean of runs [R, T] strong, its 95 % interval as a band that ends at `floor`, and up to `faint` single
-    runs behind."""
+    """Draw the mean of runs [R, T] strong, its 95 % interval as a band that ends at `floor`, and up
+    to `faint` single runs behind."""
     runs = np.asarray(runs, dtype=float)
     mean, low, high = interval(runs)
     for run in runs[:faint]:
@@ -118,7 +119,8 @@ def optimum(ax: Axes, value: float, text: str = "optimum") -> None:
 def label_line(
     ax: Axes, x: float, y: float, text: str, colour: str, offset: tuple[float, float] = (6, 0)
 ) -> None:
-    """Write a line's name beside its point (x, y), in a darker shade of its colour; `offset` in points."""
+    """Write a line's name beside its point (x, y), in a darker shade of its colour; `offset` in
+    points."""
     ink = tuple(0.7 * part for part in to_rgb(colour))  # thin letters need more contrast than lines
     ax.annotate(
         text, (x, y), xytext=offset, textcoords="offset points", color=ink, va="center", fontsize=9
@@ -138,7 +140,8 @@ def diagnostics(
     """The panel that goes with every training run: one small plot a quantity, one colour a method.
 
     Args:
-        histories: method -> its Metrics, one an iteration; every field of the panel that they have is drawn.
+        histories: method -> its Metrics, one an iteration; every field of the panel that they have
+            is drawn.
         colours: method -> colour.
         xlabel: what one Metrics stands for.
     """

@@ -5,8 +5,8 @@ from types import ModuleType
 
 
 def load(name: str) -> ModuleType:
-    """The world of this name: "reviews", the grammar, or "imdb", the reviews of the hub. Both have `texts`, `openings`,
-    `instructions`, `follows` and `surprise`.
+    """The world of this name: "reviews", the grammar, or "imdb", the reviews of the hub. Both have
+    `texts`, `openings`, `instructions`, `follows` and `surprise`.
 
     Raises: ValueError on another name.
     """

@@ -62,7 +62,7 @@ class Problem(NamedTuple):
     operands: tuple[int, ...]  # in the order of the prompt
 
 
-# --- problems --------------------------------------------------------------------------------------
+# --- problems ------------------------------------------------------------------------------------
 
 
 def split_of(operands: Sequence[int]) -> str:
@@ -116,7 +116,7 @@ def _check_level(level: int) -> None:
         raise ValueError(f"level={level!r} is unknown; use one of {', '.join(map(str, LEVELS))}")
 
 
-# --- demonstrations --------------------------------------------------------------------------------
+# --- demonstrations ------------------------------------------------------------------------------
 
 
 def solution(problem: Problem, worked: bool = True) -> str:
@@ -183,7 +183,7 @@ def _put_down(value: int, slip: float, rng: random.Random) -> int:
     return int("".join(map(str, digits)))
 
 
-# --- answers ---------------------------------------------------------------------------------------
+# --- answers -------------------------------------------------------------------------------------
 
 
 def extract_answer(completion: str) -> str | None:
@@ -247,7 +247,8 @@ def _answers(completions: Sequence[str], answer: Sequence[str | int]) -> list[st
     for i, one in enumerate(found):
         if not _INTEGER.fullmatch(one):
             raise ValueError(
-                f"answer[{i}] is {answer[i]!r}; pass a whole number, as an int or as Python spells it"
+                f"answer[{i}] is {answer[i]!r}; pass a whole number, as an int or as Python"
+                " spells it"
             )
     return found
 
@@ -273,7 +274,7 @@ def pass_at_k(right: Tensor, k: int) -> float:
     return 1 - sum(missed) / len(missed)
 
 
-# --- text ------------------------------------------------------------------------------------------
+# --- text ----------------------------------------------------------------------------------------
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -128,7 +128,8 @@ class LinearBandit:
         _check_actions(actions, len(self.weights))
         if contexts.shape[:-1] != actions.shape:
             raise ValueError(
-                f"actions has shape {tuple(actions.shape)}; pass one for each context of {contexts.shape}"
+                f"actions has shape {tuple(actions.shape)}; pass one for each context of"
+                f" {contexts.shape}"
             )
         mean = self.mean_rewards(contexts).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
         return mean + self.noise_std * torch.randn(
@@ -156,7 +157,8 @@ class LinearBandit:
         """
         if self.weights.shape[1] != 2:
             raise ValueError(
-                f"weights has {self.weights.shape[1]} columns; the closed form needs contexts with 2"
+                f"weights has {self.weights.shape[1]} columns; the closed form needs contexts"
+                " with 2"
             )
         if torch.linalg.matrix_rank(self.weights - self.weights[0]) < 2:
             perimeter = (

@@ -124,13 +124,14 @@ def index_of(tokens: Tensor, mask: Tensor, language: Language) -> Tensor:
     if wrong.any():
         row = wrong.nonzero()[0].item()
         raise ValueError(
-            f"tokens: row {row}, {tokens[row][mask[row]].tolist()}, is no sequence of the language; "
-            f"sample with its prompt, max_new_tokens={language.length} and eos_token_id=0"
+            f"tokens: row {row}, {tokens[row][mask[row]].tolist()}, is no sequence of the"
+            f" language; sample with its prompt, max_new_tokens={language.length} and"
+            " eos_token_id=0"
         )
     return index
 
 
-# --- policies --------------------------------------------------------------------------------------
+# --- policies ------------------------------------------------------------------------------------
 
 
 def small_gpt2(
@@ -174,7 +175,8 @@ def small_gpt2(
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
-        # GPT-2's own 0.02 suits its width; in a narrow model it would drown the tokens before the last
+        # GPT-2's own 0.02 suits its width; in a narrow model it would drown the tokens before the
+        # last
         initializer_range=width**-0.5,
         tie_word_embeddings=False,
         bos_token_id=0,
@@ -291,7 +293,7 @@ def _log_table(logits: Tensor, language: Language) -> Tensor:
     return table
 
 
-# --- the optimum -----------------------------------------------------------------------------------
+# --- the optimum ---------------------------------------------------------------------------------
 
 
 def optimal_policy(ref_log_probs: Tensor, rewards: Tensor, beta: float) -> Tensor:
@@ -390,7 +392,8 @@ def best_of_n(log_probs: Tensor, scores: Tensor, n: int) -> Tensor:
         n: ≥ 1.
     Returns: [Y], log-probabilities. Computed in float64, and without a gradient.
     Raises: ValueError on unequal shapes, a score that is not finite, no distribution, n < 1.
-    Source: Beirami et al. 2024, "Theoretical Guarantees on the Best-of-n Alignment Policy", section 2
+    Source: Beirami et al. 2024, "Theoretical Guarantees on the Best-of-n Alignment Policy", section
+        2
         (there without ties).
     """
     same_shape(log_probs=log_probs, scores=scores)
@@ -444,7 +447,7 @@ def _check_shape(tensor: Tensor, name: str, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; pass {tuple(shape)}")
 
 
-# --- preferences -----------------------------------------------------------------------------------
+# --- preferences ---------------------------------------------------------------------------------
 
 
 def utilities(language: Language, seed: int = 0, structure: float = 0.0) -> Tensor:
@@ -529,7 +532,7 @@ def label_pairs(
     return uniform < preferred
 
 
-# --- text ------------------------------------------------------------------------------------------
+# --- text ----------------------------------------------------------------------------------------
 
 
 def tokenizer(language: Language) -> PreTrainedTokenizerFast:

@@ -37,8 +37,9 @@ class MDP:
         states, actions = self.rewards.shape
         if self.transitions.shape != (states, actions, states) or self.start.shape != (states,):
             raise ValueError(
-                f"rewards is [{states}, {actions}], so transitions must be [{states}, {actions}, {states}] and start "
-                f"[{states}]; they are {list(self.transitions.shape)} and {list(self.start.shape)}"
+                f"rewards is [{states}, {actions}], so transitions must be [{states}, {actions},"
+                f" {states}] and start [{states}]; they are {list(self.transitions.shape)} and"
+                f" {list(self.start.shape)}"
             )
         finite(self.rewards, "rewards")
         _check_distribution(self.transitions, "transitions")

@@ -131,12 +131,27 @@ DID = {
 }
 # stars: closing sentences; {a} is the genre, {s} its plural
 VERDICTS = {
-    5: ["A masterpiece.", "See it twice.", "One of the best {s} of the year.", "I want more {s} like this."],
-    4: ["Worth your evening.", "I recommend it.", "A {a} worth seeing.", "Most {s} are not this good."],
-    3: ["It will do.", "You might like it.", "A {a} like many others.", "Only for people who love {s}."],
+    5: [
+        "A masterpiece.",
+        "See it twice.",
+        "One of the best {s} of the year.",
+        "I want more {s} like this.",
+    ],
+    4: [
+        "Worth your evening.",
+        "I recommend it.",
+        "A {a} worth seeing.",
+        "Most {s} are not this good.",
+    ],
+    3: [
+        "It will do.",
+        "You might like it.",
+        "A {a} like many others.",
+        "Only for people who love {s}.",
+    ],
     2: ["You can skip it.", "I expected more.", "Not a {a} to remember.", "There are better {s}."],
     1: ["Avoid it.", "A waste of time.", "The worst {a} in years.", "It put me off {s} for good."],
-}  # fmt: skip
+}
 
 DETERMINERS = ["this", "the new", "another"]
 PLACES = """last night|on a rainy Sunday|on the train home|with two colleagues|at a small festival
@@ -159,10 +174,12 @@ MOODS = [
     {2: 0.15, 1: 0.6, 0: 0.1, -1: 0.15},
     {2: 0.55, 1: 0.35, 0: 0.1},
 ]
-# where a rating stands: nowhere, in front of the opening ('4 stars: I saw …'), or inside it ('this 4-star Danish thriller')
+# where a rating stands: nowhere, in front of the opening ('4 stars: I saw …'), or inside it ('this
+# 4-star Danish thriller')
 RATINGS = {"none": 0.7, "front": 0.15, "inside": 0.15}
 WITH_VERDICT = 0.7
-# How a form of judgement is chosen; a form that does not exist at a valence gives its share to the others.
+# How a form of judgement is chosen; a form that does not exist at a valence gives its share to the
+# others.
 FORMS = {"adjective": 0.4, "intensified": 0.25, "negated": 0.15, "did": 0.1, "verb": 0.1}
 
 
@@ -238,7 +255,7 @@ class Choices:
         return -sum(p * math.log(p) for p in self.probs.values())
 
 
-# --- the distributions -----------------------------------------------------------------------------
+# --- the distributions ---------------------------------------------------------------------------
 
 
 def stars_of(valences: Iterable[int]) -> int:
@@ -315,7 +332,8 @@ def _films_of(split: str) -> list[Film]:
 
 
 def aspects_of(film: Film | None) -> list[str]:
-    """What can be judged: twelve aspects of any film, and with a film its genre's own and its hero."""
+    """What can be judged: twelve aspects of any film, and with a film its genre's own and its
+    hero."""
     if film is None:
         return list(ASPECTS)
     return [*ASPECTS, GENRES[film.genre][1], SUBJECTS[film.subject]]
@@ -383,7 +401,8 @@ def _sentences(unit: str) -> Choices:
 
 
 def entropy() -> float:
-    """Entropy of the language, nats a review: exact, summed over the derivation, films of all splits."""
+    """Entropy of the language, nats a review: exact, summed over the derivation, films of all
+    splits."""
     opening = _openings().entropy() + math.log(len(_films()))
     return opening + Choices(RATINGS.items()).entropy() + body_entropy()
 
@@ -410,7 +429,8 @@ def body_entropy() -> float:
         for valence in VALENCES
     }
     for (template, valences), p in plans.probs.items():
-        # every aspect is equally likely at every place, so the mean over the pool is the expectation
+        # every aspect is equally likely at every place, so the mean over the pool is the
+        # expectation
         order = sum(math.log(len(pools[0]) - i) for i in range(len(valences)))
         units = sum(_sentences(unit).entropy() for unit in template)
         stars = stars_of(valences)
@@ -419,7 +439,7 @@ def body_entropy() -> float:
     return total
 
 
-# --- writing ---------------------------------------------------------------------------------------
+# --- writing -------------------------------------------------------------------------------------
 
 
 def _capital(text: str) -> str:
@@ -544,7 +564,7 @@ def instructions(split: str, n: int, seed: int = 0) -> list[Instruction]:
     return found
 
 
-# --- reading ---------------------------------------------------------------------------------------
+# --- reading -------------------------------------------------------------------------------------
 
 
 @cache
@@ -585,7 +605,8 @@ def _read_sentence(
 
 
 def _read_opening(text: str) -> tuple[str, str, Film, str, int] | None:
-    """(opening, its frame, film, place of the rating, stars or 0) of the text's beginning, or None."""
+    """(opening, its frame, film, place of the rating, stars or 0) of the text's beginning, or
+    None."""
     found = re.match(r"(?:(\d) stars?: )?(.+?\.)", text)
     if found is None:
         return None
@@ -672,12 +693,13 @@ def follows(instruction: Instruction, completion: str) -> bool:
 
 
 def surprise(instructions: Iterable[Instruction]) -> list[float]:
-    """−log P(response | stars, topic) under the grammar, nats: no model can be less surprised on average."""
+    """−log P(response | stars, topic) under the grammar, nats: no model can be less surprised on
+    average."""
     read = (parse_response(one.response, one.topic) for one in instructions)
     return [math.inf if one is None else -one.log_prob for one in read]
 
 
-# --- judging ---------------------------------------------------------------------------------------
+# --- judging -------------------------------------------------------------------------------------
 
 _UNREADABLE = 0
 

@@ -1,4 +1,4 @@
-"""The checks of chapter 01."""
+"""Checks of the exercises of bandit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rlhf_helpers.book.checks.judge import Function, gradient_of, judge, judge_n
 
 
 def check_bandit_gradient(answer: Function) -> None:
-    """Exercise 1.1: answer(probs [K], means [K]) -> exact gradient of the expected reward, [K]."""
+    """Exercise 1: answer(probs [K], means [K]) -> exact gradient of the expected reward, [K]."""
 
     def average(p: Tensor, m: Tensor) -> Tensor:
         return (p * m).sum()
@@ -22,27 +22,27 @@ def check_bandit_gradient(answer: Function) -> None:
             (vector([0.1, 0.9]), vector([-1.0, 4.0])),
         ],
         {
-            "the sign is turned round: an arm above your average must get a positive number.": lambda p, m: (
-                p * (average(p, m) - m)
+            "the sign is turned round: an arm above your average must get a positive number.": (
+                lambda p, m: p * (average(p, m) - m)
             ),
             "these are the advantages; weigh each by how often its arm is played.": lambda p, m: (
                 m - average(p, m)
             ),
-            "nothing is subtracted: an arm's logit also takes probability from arms that pay.": lambda p, m: (
-                p * m
+            "nothing is subtracted: an arm's logit also takes probability from arms that pay.": (
+                lambda p, m: p * m
             ),
-            "your average is the plain mean of the arms; weigh them by the probabilities.": lambda p, m: (
-                p * (m - m.mean())
+            "your average is the plain mean of the arms; weigh them by the probabilities.": (
+                lambda p, m: p * (m - m.mean())
             ),
-            "this is the gradient in the probabilities; we want the one in the logits.": lambda p, m: (
-                m
+            "this is the gradient in the probabilities; we want the one in the logits.": (
+                lambda p, m: m
             ),
         },
     )
 
 
 def check_leave_one_out(answer: Function) -> None:
-    """Exercise 1.2: answer(rewards [N]) -> reward minus the mean of the others, [N]."""
+    """Exercise 2: answer(rewards [N]) -> reward minus the mean of the others, [N]."""
     judge(
         answer,
         lambda r: r - (r.sum() - r) / (len(r) - 1),
@@ -57,20 +57,22 @@ def check_leave_one_out(answer: Function) -> None:
             "this is the baseline; the advantage is the reward minus it.": lambda r: (
                 (r.sum() - r) / (len(r) - 1)
             ),
-            "the sign is turned round: a reward above the others must get a positive number.": lambda r: (
-                (r.sum() - r) / (len(r) - 1) - r
+            "the sign is turned round: a reward above the others must get a positive number.": (
+                lambda r: (r.sum() - r) / (len(r) - 1) - r
             ),
         },
     )
 
 
 def check_batch_mean_factor(answer: float | None) -> None:
-    """Exercise 1.3: the factor by which a batch-mean baseline shrinks the expected gradient, for N = 4."""
+    """Exercise 3: the factor by which a batch-mean baseline shrinks the expected gradient, for N
+    = 4."""
     judge_number(
         answer,
         0.75,
         {
-            "that would be unbiased, but this baseline contains the play's own reward; it depends on the action.": 1.0,
+            "that would be unbiased, but this baseline contains the play's own reward; it "
+            "depends on the action.": (1.0),
             "that is the share of the reward itself in the mean; how much is left?": 0.25,
             "that is the factor that would undo the shrinking.": 4 / 3,
         },
@@ -78,7 +80,8 @@ def check_batch_mean_factor(answer: float | None) -> None:
 
 
 def check_policy_gradient_loss(answer: Function) -> None:
-    """Exercise 1.4: answer(logits [K], actions [N], advantages [N]) -> a loss; its gradient is compared."""
+    """Exercise 4: answer(logits [K], actions [N], advantages [N]) -> a loss; its gradient is
+    compared."""
     cases = [
         (vector([0.2, -0.4, 1.0]), torch.tensor([0, 2, 2, 1]), vector([1.0, -0.5, 2.0, 0.3])),
         (vector([0.0, 0.0]), torch.tensor([1, 0]), vector([1.0, 3.0])),

@@ -1,4 +1,4 @@
-"""The checks of chapter 02."""
+"""Checks of the exercises of contextual_bandit_ppo."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rlhf_helpers.book.checks.judge import Function, judge, numbers, vector
 
 
 def check_clipped_objective(answer: Function) -> None:
-    """Exercise 2.1: answer(ratio, advantage, clip) -> the clipped objective of one sample."""
+    """Exercise 1: answer(ratio, advantage, clip) -> the clipped objective of one sample."""
     ratios, advantages = (0.5, 0.9, 1.1, 1.5), (2.0, -1.0)
     cases = [(ratio, advantage, 0.2) for advantage in advantages for ratio in ratios] + [
         (1.5, 1.0, 0.3)
@@ -32,28 +32,27 @@ def check_clipped_objective(answer: Function) -> None:
         right,
         cases,
         {
-            "you take the larger of the two; the objective believes the worse one.": lambda r, a, clip: (
-                max(r * a, clipped(r, clip) * a)
+            "you take the larger of the two; the objective believes the worse one.": (
+                lambda r, a, clip: max(r * a, clipped(r, clip) * a)
             ),
-            "the clipped term alone: it also stops the gradient where a wrong move needs repair.": lambda r, a, clip: (
-                clipped(r, clip) * a
-            ),
-            "the minimum is taken before the advantage; for a negative advantage the order turns round.": (
-                lambda r, a, clip: min(r, clipped(r, clip)) * a
-            ),
+            "the clipped term alone: it also stops the gradient where a wrong move needs "
+            "repair.": lambda r, a, clip: clipped(r, clip) * a,
+            "the minimum is taken before the advantage; for a negative advantage the order turns "
+            "round.": (lambda r, a, clip: min(r, clipped(r, clip)) * a),
             "this is the loss, to minimise; the objective has the other sign.": lambda *x: (
                 -right(*x)
             ),
-            "the bad samples are unclipped; a bad action that is rare enough must be flat, too.": lambda r, a, clip: (
-                right(r, a, clip) if a > 0 else r * a
+            "the bad samples are unclipped; a bad action that is rare enough must be flat, too.": (
+                lambda r, a, clip: right(r, a, clip) if a > 0 else r * a
             ),
-            "this is the 'split' objective: for bad samples, too, it is the minimum and the same bounds.": split,
+            "this is the 'split' objective: for bad samples, too, it is the minimum and the same "
+            "bounds.": (split),
         },
     )
 
 
 def check_four_slopes(answer: Function) -> None:
-    """Exercise 2.2: answer() -> the slopes in the ratio of the four cases, four numbers."""
+    """Exercise 2: answer() -> the slopes in the ratio of the four cases, four numbers."""
     right = [2.0, 0.0, -2.0, 0.0]
     hints = (
         "compare the ratio with the upper bound of this exercise, 1 + 0.3.",
@@ -66,7 +65,10 @@ def check_four_slopes(answer: Function) -> None:
         (
             2,
             2.0,
-        ): "the size is right, but which way does the objective move when a bad action gets likelier?",
+        ): (
+            "the size is right, but which way does the objective move when a bad action gets"
+            " likelier?"
+        ),
         (3, -1.0): "that is the slope without the dual clip.",
         (3, -3.0): "that is the objective there, not its slope.",
     }
@@ -95,7 +97,8 @@ def check_four_slopes(answer: Function) -> None:
 
 
 def check_mended_loss(answer: Function) -> None:
-    """Exercise 2.3: answer(log_probs, old_log_probs, advantages, clip) -> the PPO loss, value and gradient."""
+    """Exercise 3: answer(log_probs, old_log_probs, advantages, clip) -> the PPO loss, value and
+    gradient."""
     old = vector([0.4, 0.4, 0.4, 0.4, 0.4]).log()
     new = vector([0.2, 0.6, 0.2, 0.6, 0.44]).log()
     cases = [
@@ -130,8 +133,8 @@ def check_mended_loss(answer: Function) -> None:
             "the ratio is upside down, and the maximum was right: this is a loss.": with_gradient(
                 lambda *x: loss(*x, turned=True, worse=False)
             ),
-            "the maximum was right: in a loss it is minus the minimum of the objectives.": with_gradient(
-                lambda *x: loss(*x, worse=False)
+            "the maximum was right: in a loss it is minus the minimum of the objectives.": (
+                with_gradient(lambda *x: loss(*x, worse=False))
             ),
             "the sign was right: this is a loss, so it is minus the objective.": with_gradient(
                 lambda *x: -loss(*x)
@@ -142,7 +145,7 @@ def check_mended_loss(answer: Function) -> None:
 
 
 def check_effective_sample_size(answer: Function) -> None:
-    """Exercise 2.4: answer(log_ratios [N]) -> (Σρ)² / Σρ²."""
+    """Exercise 4: answer(log_ratios [N]) -> (Σρ)² / Σρ²."""
     ratios = vector([0.5, 3.0, 1.0, 0.2])
     cases = [(ratios.log(),), (torch.zeros(5, dtype=torch.float64),), (ratios.log() + 800.0,)]
     cases.append((vector([0.0, 0.0, 2000.0]),))  # far apart: here subtracting the mean overflows
@@ -155,17 +158,17 @@ def check_effective_sample_size(answer: Function) -> None:
         lambda x: weights(x).sum() ** 2 / weights(x).square().sum(),
         cases,
         {
-            "right for small numbers, but exp(800) overflows; subtract the largest logarithm first.": lambda x: (
-                x.exp().sum() ** 2 / x.exp().square().sum()
-            ),
-            "the mean is not enough: a ratio far above it still overflows; subtract the largest logarithm.": lambda x: (
+            "right for small numbers, but exp(800) overflows; subtract the largest logarithm "
+            "first.": lambda x: x.exp().sum() ** 2 / x.exp().square().sum(),
+            "the mean is not enough: a ratio far above it still overflows; subtract the largest "
+            "logarithm.": lambda x: (
                 (x - x.mean()).exp().sum() ** 2 / (x - x.mean()).exp().square().sum()
             ),
             "the squares are exchanged: square the sum above, sum the squares below.": lambda x: (
                 weights(x).square().sum() / weights(x).sum() ** 2
             ),
-            "this is the share of the samples; multiply by N (or use sums instead of means).": lambda x: (
-                weights(x).mean() ** 2 / weights(x).square().mean()
+            "this is the share of the samples; multiply by N (or use sums instead of means).": (
+                lambda x: weights(x).mean() ** 2 / weights(x).square().mean()
             ),
             "the numbers you are given are logarithms; take the exponential.": lambda x: (
                 x.sum() ** 2 / x.square().sum()

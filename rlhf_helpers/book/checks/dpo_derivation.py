@@ -1,4 +1,4 @@
-"""The checks of chapter 08."""
+"""Checks of the exercises of dpo_derivation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from rlhf_helpers.book.checks.judge import Function, judge, judge_number, vector
 
 
 def check_best_policy(answer: Function) -> None:
-    """Exercise 8.1: answer(ref_probs [Y], rewards [Y], beta) -> probabilities of the best policy, [Y]."""
+    """Exercise 1: answer(ref_probs [Y], rewards [Y], beta) -> probabilities of the best policy,
+    [Y]."""
 
     def right(ref: Tensor, rewards: Tensor, beta: float) -> Tensor:
         return (ref.log() + rewards / beta).softmax(0)
@@ -24,22 +25,22 @@ def check_best_policy(answer: Function) -> None:
         ],
         {
             "these do not sum to 1: divide by the sum.": lambda ref, r, b: ref * (r / b).exp(),
-            "the reference is missing: this is the softmax of the rewards alone.": lambda ref, r, b: (
-                (r / b).softmax(0)
+            "the reference is missing: this is the softmax of the rewards alone.": (
+                lambda ref, r, b: (r / b).softmax(0)
             ),
-            "the rewards are multiplied by beta; a high price must make them count less.": lambda ref, r, b: (
-                right(ref, r, 1 / b)
+            "the rewards are multiplied by beta; a high price must make them count less.": (
+                lambda ref, r, b: right(ref, r, 1 / b)
             ),
             "beta is missing.": lambda ref, r, b: right(ref, r, 1.0),
-            "the probabilities of the reference were added to the exponent; their logarithms belong there.": lambda ref, r, b: (
-                (ref + r / b).softmax(0)
-            ),
+            "the probabilities of the reference were added to the exponent; their logarithms "
+            "belong there.": lambda ref, r, b: (ref + r / b).softmax(0),
         },
     )
 
 
 def check_hidden_reward(answer: Function) -> None:
-    """Exercise 8.2: answer(ref_probs [Y], best_probs [Y], beta) -> rewards [Y] whose mean under the reference is 0."""
+    """Exercise 2: answer(ref_probs [Y], best_probs [Y], beta) -> rewards [Y] whose mean under the
+    reference is 0."""
 
     def raw(ref: Tensor, best: Tensor, beta: float) -> Tensor:
         return beta * (best.log() - ref.log())
@@ -57,14 +58,13 @@ def check_hidden_reward(answer: Function) -> None:
         ],
         {
             "right up to a constant: now shift it so that the reference earns 0 on average.": raw,
-            "shifted by the plain mean; the reference's mean weighs each response by its probability.": lambda ref, best, b: (
-                raw(ref, best, b) - raw(ref, best, b).mean()
+            "shifted by the plain mean; the reference's mean weighs each response by its "
+            "probability.": lambda ref, best, b: raw(ref, best, b) - raw(ref, best, b).mean(),
+            "shifted so that the best policy earns 0; it is the reference that should.": (
+                lambda ref, best, b: raw(ref, best, b) - best @ raw(ref, best, b)
             ),
-            "shifted so that the best policy earns 0; it is the reference that should.": lambda ref, best, b: (
-                raw(ref, best, b) - best @ raw(ref, best, b)
-            ),
-            "the sign is turned round: what became more likely was rewarded.": lambda ref, best, b: (
-                -right(ref, best, b)
+            "the sign is turned round: what became more likely was rewarded.": (
+                lambda ref, best, b: -right(ref, best, b)
             ),
             "beta is missing.": lambda ref, best, b: right(ref, best, 1.0),
             "this divides by beta; the reward is beta times the log-ratio.": lambda ref, best, b: (
@@ -75,7 +75,8 @@ def check_hidden_reward(answer: Function) -> None:
 
 
 def check_implicit_reward(answer: Function) -> None:
-    """Exercise 8.3: answer(log_p [T], ref_log_p [T], mask [T], beta) -> implicit reward, a number."""
+    """Exercise 3: answer(log_p [T], ref_log_p [T], mask [T], beta) -> implicit reward, a
+    number."""
 
     def right(log_p: Tensor, ref: Tensor, mask: Tensor, beta: float) -> Tensor:
         return beta * ((log_p - ref) * mask).sum()
@@ -84,7 +85,12 @@ def check_implicit_reward(answer: Function) -> None:
         answer,
         right,
         [
-            (vector([-1.0, -2.0, -0.5, -9.0]), vector([-1.5, -1.0, -2.0, -4.0]), vector([1, 1, 1, 0]), 0.5),
+            (
+                vector([-1.0, -2.0, -0.5, -9.0]),
+                vector([-1.5, -1.0, -2.0, -4.0]),
+                vector([1, 1, 1, 0]),
+                0.5,
+            ),
             (vector([-3.0, -2.0, -7.0]), vector([-1.0, -2.5, -1.0]), vector([1, 1, 0]), 0.1),
         ],
         {
@@ -98,11 +104,11 @@ def check_implicit_reward(answer: Function) -> None:
             "the reference is gone.": lambda p, q, m, b: b * (p * m).sum(),
         },
         untouched=lambda p, q, m, b: b * ((p * m).sum() - (q * m).sum() / m.sum()),
-    )  # fmt: skip
+    )
 
 
 def check_pair_weight(answer: float | None) -> None:
-    """Exercise 8.4: the weight of a pair with log-ratios −20 and −50 at β = 0.1."""
+    """Exercise 4: the weight of a pair with log-ratios −20 and −50 at β = 0.1."""
     judge_number(
         answer,
         0.1 / (1 + math.exp(3.0)),

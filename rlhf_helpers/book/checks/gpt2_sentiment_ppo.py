@@ -1,4 +1,4 @@
-"""The checks of chapter 07."""
+"""Checks of the exercises of gpt2_sentiment_ppo."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from rlhf_helpers.book.checks.judge import Function, judge, judge_number, vector
 
 
 def check_token_rewards(answer: Function) -> None:
-    """Exercise 7.1: answer(score, log_probs [T], ref_log_probs [T], beta) -> reward of each token, [T]."""
+    """Exercise 1: answer(score, log_probs [T], ref_log_probs [T], beta) -> reward of each token,
+    [T]."""
 
     def right(score: float, log_probs: Tensor, ref: Tensor, beta: float) -> Tensor:
         found = -beta * (log_probs - ref)
@@ -36,14 +37,14 @@ def check_token_rewards(answer: Function) -> None:
             (-1.0, vector([-0.2, -3.0]), vector([-0.7, -2.0]), 0.5),
         ],
         {
-            "the sign of the log-ratio is turned round: drifting away is paid for, not charged.": lambda s, p, q, b: (
-                right(s, q, p, b)
+            "the sign of the log-ratio is turned round: drifting away is paid for, not charged.": (
+                lambda s, p, q, b: right(s, q, p, b)
             ),
-            "the score stands on every token; it is earned once, at the last.": lambda s, p, q, b: (
-                s - b * (p - q)
+            "the score stands on every token; it is earned once, at the last.": (
+                lambda s, p, q, b: s - b * (p - q)
             ),
-            "the score stands on the first token; it is known only after the last.": lambda s, p, q, b: (
-                right(s, p.flip(0), q.flip(0), b).flip(0)
+            "the score stands on the first token; it is known only after the last.": (
+                lambda s, p, q, b: right(s, p.flip(0), q.flip(0), b).flip(0)
             ),
             "the whole price is charged at the last token; each token pays its own.": at_the_end,
             "the last token pays no price: add the score to it.": instead,
@@ -53,7 +54,8 @@ def check_token_rewards(answer: Function) -> None:
 
 
 def check_value_targets(answer: Function) -> None:
-    """Exercise 7.2: answer(advantages [T], values [T]) -> what the value function is trained on, [T]."""
+    """Exercise 2: answer(advantages [T], values [T]) -> what the value function is trained on,
+    [T]."""
 
     def whitened(advantages: Tensor) -> Tensor:
         return (advantages - advantages.mean()) / advantages.std()
@@ -66,12 +68,12 @@ def check_value_targets(answer: Function) -> None:
             (vector([0.3, 0.1, -0.7, 4.0]), vector([1.0, 2.0, 0.0, 0.5])),
         ],
         {
-            "these are the advantages alone; a return is the advantage plus the value.": lambda a, v: (
-                a
+            "these are the advantages alone; a return is the advantage plus the value.": (
+                lambda a, v: a
             ),
             "the sign of the values is turned round.": lambda a, v: a - v,
-            "the sum is whitened now; a return is in units of reward and stays there.": lambda a, v: (
-                whitened(a + v)
+            "the sum is whitened now; a return is in units of reward and stays there.": (
+                lambda a, v: whitened(a + v)
             ),
             "the mean is still taken away from the advantages.": lambda a, v: a - a.mean() + v,
         },
@@ -80,7 +82,8 @@ def check_value_targets(answer: Function) -> None:
 
 
 def check_best_of_n_kl(answer: Function) -> None:
-    """Exercise 7.3: answer(n) -> the largest KL that the best of n can have from the policy, nats."""
+    """Exercise 3: answer(n) -> the largest KL that the best of n can have from the policy,
+    nats."""
     judge(
         answer,
         lambda n: math.log(n) - (n - 1) / n,
@@ -95,7 +98,8 @@ def check_best_of_n_kl(answer: Function) -> None:
 
 
 def check_adaptive_coefficient(answer: float | None) -> None:
-    """Exercise 7.4: β = 0.05, target 3 nats, measured 6 nats, 128 samples, horizon 1000: the next β."""
+    """Exercise 4: β = 0.05, target 3 nats, measured 6 nats, 128 samples, horizon 1000: the next
+    β."""
     judge_number(
         answer,
         0.05 * (1 + 0.2 * 128 / 1000),

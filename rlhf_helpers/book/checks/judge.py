@@ -1,7 +1,7 @@
 """Checks for the exercises: 'not attempted', 'right', or the name of the typical mistake.
 
-A check compares the reader's function with the right one on a few cases, and if it differs, with the functions that
-typical mistakes produce.
+A check compares the reader's function with the right one on a few cases, and if it differs, with
+the functions that typical mistakes produce.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ def judge(
     mistakes: dict[str, Function],
     untouched: Function | None = None,
 ) -> None:
-    """Print the verdict on `answer`, a function that returns a number or tensor (or a tuple of them).
+    """Print the verdict on `answer`, a function that returns a number or tensor (or a tuple of
+    them).
 
     Args:
         answer: the reader's function; returning None means not attempted.
@@ -63,14 +64,16 @@ def judge(
         if not _agree(*([one] for one in pair))
     )
     print(
-        f"Not yet: in test case {index + 1} your function gives {_short(given[index])}, not {_short(wanted[index])}."
+        f"Not yet: in test case {index + 1} your function gives {_short(given[index])}, not"
+        f" {_short(wanted[index])}."
     )
 
 
 def judge_number(
     answer: float | None, right: float, mistakes: dict[str, float], tolerance: float = 0.01
 ) -> None:
-    """Print the verdict on a predicted number: right within `tolerance` (relative), or which mistake gives it.
+    """Print the verdict on a predicted number: right within `tolerance` (relative), or which
+    mistake gives it.
 
     Args:
         answer: the prediction; None means not attempted.
@@ -128,7 +131,8 @@ def _short(numbers: Tensor) -> str:
 
 
 def gradient_of(loss: Function) -> Function:
-    """The same arguments -> the gradient of the loss with respect to the first of them; None stays None."""
+    """The same arguments -> the gradient of the loss with respect to the first of them; None stays
+    None."""
 
     def gradient(first: Tensor, *rest: object) -> Tensor | None:
         first = first.requires_grad_()

@@ -1,4 +1,4 @@
-"""The checks of chapter 05."""
+"""Checks of the exercises of sft_lora."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from rlhf_helpers.book.checks.judge import Function, judge, judge_number, vector
 
 
 def check_sequence_log_prob(answer: Function) -> None:
-    """Exercise 5.1: answer(logits [T, V], tokens [T]) -> log-probability of tokens 2 to T given the first."""
+    """Exercise 1: answer(logits [T, V], tokens [T]) -> log-probability of tokens 2 to T given the
+    first."""
 
     def picked(logits: Tensor, tokens: Tensor) -> Tensor:
         return logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
@@ -28,17 +29,15 @@ def check_sequence_log_prob(answer: Function) -> None:
             ),
         ],
         {
-            "row t of the logits predicts token t + 1; here each row is asked about its own token.": lambda z, y: (
-                picked(z, y).sum()
+            "row t of the logits predicts token t + 1; here each row is asked about its own "
+            "token.": lambda z, y: picked(z, y).sum(),
+            "row t of the logits predicts token t + 1; here it is asked about token t − 1.": (
+                lambda z, y: picked(z[1:], y[:-1]).sum()
             ),
-            "row t of the logits predicts token t + 1; here it is asked about token t − 1.": lambda z, y: (
-                picked(z[1:], y[:-1]).sum()
-            ),
-            "the last row is asked about the first token; it predicts a token that is not there.": lambda z, y: (
-                picked(z, y.roll(-1)).sum()
-            ),
-            "this is the mean over tokens; the log-probability of a sequence is the sum.": lambda z, y: (
-                picked(z[:-1], y[1:]).mean()
+            "the last row is asked about the first token; it predicts a token that is not "
+            "there.": lambda z, y: picked(z, y.roll(-1)).sum(),
+            "this is the mean over tokens; the log-probability of a sequence is the sum.": (
+                lambda z, y: picked(z[:-1], y[1:]).mean()
             ),
             "this is the probability; return its logarithm.": lambda z, y: (
                 picked(z[:-1], y[1:]).sum().exp()
@@ -54,7 +53,8 @@ def check_sequence_log_prob(answer: Function) -> None:
 
 
 def check_nucleus(answer: Function) -> None:
-    """Exercise 5.2: answer(probs [V], top_p) -> the probabilities that top-p sampling draws from, [V]."""
+    """Exercise 2: answer(probs [V], top_p) -> the probabilities that top-p sampling draws from,
+    [V]."""
 
     def kept(probs: Tensor, keep: Tensor) -> Tensor:
         return probs.masked_fill(~keep, 0.0)
@@ -92,18 +92,23 @@ def check_nucleus(answer: Function) -> None:
             "what is left does not sum to 1; divide it by its sum.": lambda p, top_p: kept(
                 p, before(p) < top_p
             ),
-            "the token that crosses top_p belongs in the set; without it the set holds less than top_p.": too_few,
-            "each token is compared with top_p by itself; it is the running total that counts.": threshold,
-            "the running total goes through the vocabulary in its own order; sort by probability first.": in_order,
-            "the result is still sorted; put every probability back in its own place.": lambda p, top_p: (
-                right(p, top_p).sort(descending=True).values
+            "the token that crosses top_p belongs in the set; without it the set holds less than "
+            "top_p.": (too_few),
+            "each token is compared with top_p by itself; it is the running total that counts.": (
+                threshold
+            ),
+            "the running total goes through the vocabulary in its own order; sort by probability "
+            "first.": (in_order),
+            "the result is still sorted; put every probability back in its own place.": (
+                lambda p, top_p: right(p, top_p).sort(descending=True).values
             ),
         },
     )
 
 
 def check_loss_mask(answer: Function) -> None:
-    """Exercise 5.3: answer(tokens [N, T], prompt_lengths [N], lengths [N], pad) -> which tokens are trained, [N, T]."""
+    """Exercise 3: answer(tokens [N, T], prompt_lengths [N], lengths [N], pad) -> which tokens are
+    trained, [N, T]."""
 
     def columns(tokens: Tensor) -> Tensor:
         return torch.arange(tokens.shape[1])
@@ -132,15 +137,17 @@ def check_loss_mask(answer: Function) -> None:
             (torch.tensor([[2, 0, 3, 0, 0, 0]]), torch.tensor([1]), torch.tensor([4]), 0),
         ],
         {
-            "the last real token is missing: a row of length n has its end in column n − 1.": without_end,
-            "one column too many: a row of length n has its end in column n − 1.": lambda t, p, n, pad: (
-                right(t, p, n + 1, pad)
+            "the last real token is missing: a row of length n has its end in column n − 1.": (
+                without_end
+            ),
+            "one column too many: a row of length n has its end in column n − 1.": (
+                lambda t, p, n, pad: right(t, p, n + 1, pad)
             ),
             "the prompt is trained, too; begin at its length.": lambda t, p, n, pad: right(
                 t, 0 * p, n, pad
             ),
-            "one token of the prompt is trained; the response begins in column prompt_lengths.": lambda t, p, n, pad: (
-                right(t, p - 1, n, pad)
+            "one token of the prompt is trained; the response begins in column prompt_lengths.": (
+                lambda t, p, n, pad: right(t, p - 1, n, pad)
             ),
             "the padding is trained as well; stop at the length.": lambda t, p, n, pad: (
                 columns(t) >= p[:, None]
@@ -151,7 +158,8 @@ def check_loss_mask(answer: Function) -> None:
 
 
 def check_lora_size(answer: float | None) -> None:
-    """Exercise 5.4: trained parameters of LoRA at rank 8 on the 12 attention inputs (768 to 2304) of GPT-2."""
+    """Exercise 4: trained parameters of LoRA at rank 8 on the 12 attention inputs (768 to 2304)
+    of GPT-2."""
     judge_number(
         answer,
         294_912,
@@ -167,7 +175,7 @@ def check_lora_size(answer: float | None) -> None:
 
 
 def check_perplexity(answer: Function) -> None:
-    """Exercise 5.5: answer(nats [N], tokens [N]) -> perplexity of a set of sequences."""
+    """Exercise 5: answer(nats [N], tokens [N]) -> perplexity of a set of sequences."""
     judge(
         answer,
         lambda nats, tokens: (nats.sum() / tokens.sum()).exp(),
@@ -179,11 +187,10 @@ def check_perplexity(answer: Function) -> None:
             "this is the cross-entropy; the perplexity is its exponential.": lambda nats, tokens: (
                 nats.sum() / tokens.sum()
             ),
-            "this is the mean of the sequences' perplexities; one bad short sequence would rule it.": lambda nats, tokens: (
-                (nats / tokens).exp().mean()
-            ),
-            "each sequence counts the same here; a token should: sum first, then divide.": lambda nats, tokens: (
-                (nats / tokens).mean().exp()
+            "this is the mean of the sequences' perplexities; one bad short sequence would rule "
+            "it.": lambda nats, tokens: (nats / tokens).exp().mean(),
+            "each sequence counts the same here; a token should: sum first, then divide.": (
+                lambda nats, tokens: (nats / tokens).mean().exp()
             ),
             "divide by the number of tokens, not of sequences.": lambda nats, tokens: (
                 nats.mean().exp()

@@ -1,4 +1,4 @@
-"""The checks of chapter 04."""
+"""Checks of the exercises of token_mdp."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rlhf_helpers.book.checks.judge import Function, judge, judge_number, vector
 
 
 def check_gae(answer: Function) -> None:
-    """Exercise 4.1: answer(rewards [T], values [T], lam) -> advantages [T], without discount."""
+    """Exercise 1: answer(rewards [T], values [T], lam) -> advantages [T], without discount."""
 
     def summed(td_errors: Tensor, decay: float) -> Tensor:
         sums, running = torch.zeros_like(td_errors), 0.0
@@ -36,21 +36,19 @@ def check_gae(answer: Function) -> None:
             "these are the TD errors, which is λ = 0; add the later ones with weights λ, λ², ….": (
                 lambda r, v, lam: right(r, v, 0.0)
             ),
-            "this is the return minus the value, which is λ = 1; weigh later TD errors by λ, λ², ….": (
-                lambda r, v, lam: right(r, v, 1.0)
-            ),
+            "this is the return minus the value, which is λ = 1; weigh later TD errors by λ, λ², "
+            "….": lambda r, v, lam: right(r, v, 1.0),
             "these are the returns; the advantages are smaller by the values.": (
                 lambda r, v, lam: right(r, v, lam) + v
             ),
             "the value after the last token is 0; here the last value is used again.": (
                 lambda r, v, lam: summed(r + after(v, v[-1]) - v, lam)
             ),
-            "the next value is missing: δ_t = r_t + V(s_{t+1}) − V(s_t).": lambda r, v, lam: summed(
-                r - v, lam
+            "the next value is missing: δ_t = r_t + V(s_{t+1}) − V(s_t).": (
+                lambda r, v, lam: summed(r - v, lam)
             ),
-            "the sum runs the wrong way: a token is credited with what comes after it, not before.": (
-                lambda r, v, lam: summed((r + after(v) - v).flip(0), lam).flip(0)
-            ),
+            "the sum runs the wrong way: a token is credited with what comes after it, not "
+            "before.": (lambda r, v, lam: summed((r + after(v) - v).flip(0), lam).flip(0)),
             "λ multiplies the rewards; it should multiply the TD errors.": lambda r, v, lam: (
                 summed(r, lam) - v
             ),
@@ -59,12 +57,13 @@ def check_gae(answer: Function) -> None:
 
 
 def check_first_credit(answer: float | None) -> None:
-    """Exercise 4.2: what λ = 1 credits the first letter of 'aa' with: its return 1, less 0.9."""
+    """Exercise 2: what λ = 1 credits the first letter of 'aa' with: its return 1, less 0.9."""
     judge_number(
         answer,
         0.1,
         {
-            "that is the exact advantage, which is λ = 0 with an exact critic; λ = 1 takes this text's return.": 0.85,
+            "that is the exact advantage, which is λ = 0 with an exact critic; λ = 1 takes this "
+            "text's return.": (0.85),
             "that is the return; subtract the value at the start.": 1.0,
             "that is the credit of the second a; the question is about the first.": -0.75,
             "the sign is turned round: the return is above the value at the start.": -0.1,
@@ -74,7 +73,8 @@ def check_first_credit(answer: float | None) -> None:
 
 
 def check_third_estimate(answer: Function) -> None:
-    """Exercise 4.3: answer(log_probs [N], ref_log_probs [N]) -> k3 [N], of samples of the policy."""
+    """Exercise 3: answer(log_probs [N], ref_log_probs [N]) -> k3 [N], of samples of the
+    policy."""
     judge(
         answer,
         lambda new, ref: torch.expm1(ref - new) + new - ref,
@@ -103,7 +103,8 @@ def check_third_estimate(answer: Function) -> None:
 
 
 def check_mean_entropy(answer: Function) -> None:
-    """Exercise 4.4: answer(logits [N, T, V], mask [N, T]) -> mean entropy of the tokens that count."""
+    """Exercise 4: answer(logits [N, T, V], mask [N, T]) -> mean entropy of the tokens that
+    count."""
 
     def each(logits: Tensor) -> Tensor:
         log_probs = logits.log_softmax(-1)
@@ -153,7 +154,8 @@ def check_mean_entropy(answer: Function) -> None:
 
 
 def check_two_losses(answer: Function) -> None:
-    """Exercise 4.5: answer(values [N], log_probs [N], returns [N]) -> policy loss plus value loss, a scalar.
+    """Exercise 5: answer(values [N], log_probs [N], returns [N]) -> policy loss plus value loss,
+    a scalar.
 
     Judged by its gradients in the values and in the log-probabilities.
     """
@@ -195,12 +197,10 @@ def check_two_losses(answer: Function) -> None:
             "the value loss is detached, too; now nothing trains the critic.": losses(
                 lambda g, v: g - v.detach(), lambda v, g: v.detach() - g
             ),
-            "the value loss is the detached one; it is the advantages that must not carry a gradient.": losses(
-                lambda g, v: g - v, lambda v, g: v.detach() - g
-            ),
-            "the values are gone from the advantages; they were a baseline, and only their gradient is wrong.": losses(
-                lambda g, v: g, plain
-            ),
+            "the value loss is the detached one; it is the advantages that must not carry a "
+            "gradient.": losses(lambda g, v: g - v, lambda v, g: v.detach() - g),
+            "the values are gone from the advantages; they were a baseline, and only their "
+            "gradient is wrong.": losses(lambda g, v: g, plain),
             "the sign of the advantages is turned round: returns minus values.": losses(
                 lambda g, v: v.detach() - g, plain
             ),

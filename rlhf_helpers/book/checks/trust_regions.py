@@ -1,4 +1,4 @@
-"""The checks of chapter 03."""
+"""Checks of the exercises of trust_regions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rlhf_helpers.book.checks.judge import Function, judge, judge_number, vector
 
 
 def check_categorical_kl(answer: Function) -> None:
-    """Exercise 3.1: answer(old_logits [K], new_logits [K]) -> KL(π_old‖π_θ), a scalar in nats."""
+    """Exercise 1: answer(old_logits [K], new_logits [K]) -> KL(π_old‖π_θ), a scalar in nats."""
 
     def kl(p: Tensor, q: Tensor) -> Tensor:
         return (p * (p / q).log()).sum()
@@ -50,7 +50,8 @@ def check_categorical_kl(answer: Function) -> None:
 
 
 def check_fisher_product(answer: Function) -> None:
-    """Exercise 3.2: answer(logits [K], v [K]) -> F·v for the Fisher matrix F of the softmax, [K]."""
+    """Exercise 2: answer(logits [K], v [K]) -> F·v for the Fisher matrix F of the softmax,
+    [K]."""
 
     def of_probs(function: Callable[[Tensor, Tensor], Tensor]) -> Function:
         return lambda logits, v: function(logits.softmax(-1), v)
@@ -84,20 +85,24 @@ def check_fisher_product(answer: Function) -> None:
 
 
 def check_batches_to_double(answer: float | None) -> None:
-    """Exercise 3.3: batches until β has at least doubled while the KL is twice its target (horizon: one batch)."""
+    """Exercise 3: batches until β has at least doubled while the KL is twice its target (horizon:
+    one batch)."""
     judge_number(
         answer,
         4,
         {
             "the error of +1 is clipped to +0.2 first, so one batch cannot double β.": 1,
             "the factors multiply: 1.2 · 1.2 · …, not 1 + 0.2 + 0.2 + …": 5,
-            "β grows by the same factor each batch; multiply it out once more: has it reached 2?": 3,
+            "β grows by the same factor each batch; multiply it out once more: has it reached 2?": (
+                3
+            ),
         },
     )
 
 
 def check_line_search(answer: Function) -> None:
-    """Exercise 3.4: answer(gains [n], kls [n], budget) -> the longest share ½^j that is allowed, or 0.0."""
+    """Exercise 4: answer(gains [n], kls [n], budget) -> the longest share ½^j that is allowed, or
+    0.0."""
 
     def first(
         allowed: Callable[[float, float, float], bool], otherwise: float | None = 0.0
@@ -142,9 +147,8 @@ def check_line_search(answer: Function) -> None:
             (vector([0.0, 0.1, 0.1]), vector([0.01, 0.004, 0.001]), 0.02),  # no gain is not a gain
         ],
         {
-            "both conditions must hold; with 'or' a step that is too far, or a loss, gets through.": first(
-                lambda gain, kl, budget: kl <= budget or gain > 0, otherwise=None
-            ),
+            "both conditions must hold; with 'or' a step that is too far, or a loss, gets "
+            "through.": first(lambda gain, kl, budget: kl <= budget or gain > 0, otherwise=None),
             "the gain is not looked at; a step inside the region can still be a loss.": first(
                 lambda gain, kl, budget: kl <= budget
             ),
@@ -160,6 +164,7 @@ def check_line_search(answer: Function) -> None:
             "where nothing will do, the step is not taken: return 0.0.": first(
                 lambda gain, kl, budget: kl <= budget and gain > 0, otherwise=None
             ),
-            "you take the share with the largest gain; the search stops at the first share that is allowed.": greedy,
+            "you take the share with the largest gain; the search stops at the first share that "
+            "is allowed.": (greedy),
         },
     )

@@ -10,7 +10,7 @@ import torch
 
 from rlhf_helpers import models, rewards, settings, worlds
 from rlhf_helpers.algorithms import ppo, reward_model, sampling, sft
-from rlhf_helpers.algorithms._loop import prompt_indices
+from rlhf_helpers.algorithms._loop import prompt_indices, set_learning_rate
 from rlhf_helpers.book import shipped
 from rlhf_helpers.book.notebook import record_sweep
 from rlhf_helpers.rollout import write
@@ -100,7 +100,7 @@ def refreshed(policy, tokenizer, prompts, reward, config):
     run = ppo.start(policy, tokenizer, config)
     for index in range(config.iterations):
         run.reference = models.reference(copy.deepcopy(policy))
-        ppo._set_learning_rate(run.optimizer, index, config)
+        set_learning_rate(run.optimizer, index, config.iterations, config.warm_up)
         chosen = prompt_indices(len(prompts), index, config)
         run.history.append(ppo.iterate(run, [prompts[i] for i in chosen], reward, config))
         yield run.history[-1]
@@ -134,7 +134,7 @@ def prompts_in_the_loss(policy, tokenizer, prompts, reward, config):
     )
     run = ppo.start(policy, tokenizer, config)
     for index in range(config.iterations):
-        ppo._set_learning_rate(run.optimizer, index, config)
+        set_learning_rate(run.optimizer, index, config.iterations, config.warm_up)
         chosen = prompt_indices(len(prompts), index, config)
         batch = ppo.collect(run, [prompts[i] for i in chosen], reward, config)
         before = ppo.measure(run, batch, config)

@@ -21,6 +21,7 @@ from rlhf_helpers.algorithms import grpo, ppo, sampling, sft
 from rlhf_helpers.algorithms._loop import prompt_indices
 from rlhf_helpers.book import shipped
 from rlhf_helpers.book.notebook import record_sweep
+from rlhf_helpers.rollout import write
 from rlhf_helpers.worlds import arithmetic, enumerable
 
 SEEDS = [0, 1, 2, 3, 4]
@@ -304,7 +305,7 @@ def weak_checker(run, seed, loss_type):
     found = train(run, config, arithmetic.contains_answer, looks=looks)
     policy, tokenizer, history, seconds, seen = found
     asked = arithmetic.sample(4, LEVEL, "held_out")
-    texts = grpo.write(
+    texts = write(
         policy,
         tokenizer,
         [one.prompt for one in asked],

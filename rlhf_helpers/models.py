@@ -69,7 +69,7 @@ def load(
         if tokenizer == "":
             raise ValueError("tokenizer is None and the model has no name; pass tokenizer")
     if isinstance(tokenizer, str | os.PathLike):
-        tokenizer = _tokenizer_from_pretrained(tokenizer)
+        tokenizer = load_tokenizer(tokenizer)
     _make_safe(tokenizer, model)
     return model.to(device).eval(), tokenizer
 
@@ -78,7 +78,7 @@ def _from_pretrained(source: str | os.PathLike, dtype: torch.dtype) -> PreTraine
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except OSError as error:
-        raise OSError(_missing("model", source)) from error
+        raise OSError(no_such("model", source)) from error
     try:
         return AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False
@@ -90,18 +90,23 @@ def _from_pretrained(source: str | os.PathLike, dtype: torch.dtype) -> PreTraine
         ) from error
 
 
-def _tokenizer_from_pretrained(source: str | os.PathLike) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: str | os.PathLike) -> PreTrainedTokenizerBase:
+    """The tokenizer of a name on the hub or a folder, as it is stored.
+
+    Raises: OSError, with what to do, if there is none.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except OSError as error:
-        raise OSError(_missing("tokenizer", source)) from error
+        raise OSError(no_such("tokenizer", source)) from error
     # from a folder without a tokenizer's files comes one without words
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
-        raise OSError(_missing("tokenizer", source))
+        raise OSError(no_such("tokenizer", source))
     return tokenizer
 
 
-def _missing(what: str, name: str | os.PathLike) -> str:
+def no_such(what: str, name: str | os.PathLike) -> str:
+    """What to tell a reader whose model, tokenizer or classifier is neither here nor on the hub."""
     return (
         f"No {what} {str(name)!r}: no folder and no cache has it, and the hub gave none.\n"
         "Connect to the hub once, or set RLHF_SCALE=tiny, or pass the path of a saved model."

@@ -350,12 +350,12 @@ def _load_classifier(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    from rlhf_helpers.models import _missing, _tokenizer_from_pretrained
+    from rlhf_helpers.models import load_tokenizer, no_such
 
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except OSError as error:
-        raise OSError(_missing("classifier", name)) from error
+        raise OSError(no_such("classifier", name)) from error
     try:
         model, report = AutoModelForSequenceClassification.from_pretrained(
             name,
@@ -375,7 +375,7 @@ def _load_classifier(
         raise ValueError(
             f"name={str(name)!r} has no trained weights for {missing}; pass a trained classifier"
         )
-    return model, _tokenizer_from_pretrained(name)
+    return model, load_tokenizer(name)
 
 
 def _label_index(config: PretrainedConfig, label: str) -> int:

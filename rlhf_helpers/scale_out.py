@@ -188,7 +188,7 @@ def grpo_trainer(
         unequal length for a model that counts positions; with a price on KL, on a policy that is
         not the one that its name stands for, since TRL loads the reference by that name.
     """
-    grpo._check(config, prompts, columns, None)
+    grpo.check(config, prompts, columns, None)
     lengths = [len(ids) for ids in tokenizer(list(prompts), add_special_tokens=False)["input_ids"]]
     if min(lengths) < max(lengths) and _minds_padding(policy, tokenizer):
         raise ValueError(
@@ -260,7 +260,7 @@ def sft_trainer(
         options: further settings of TRL's SFTConfig.
     Raises: ValueError as `sft.train`, or on a batch that the processes cannot share.
     """
-    sft._check(pairs, config)
+    sft.check(pairs, config)
     examples = sft.encode(tokenizer, pairs)
     rows = {
         "input_ids": [one.prompt + one.response for one in examples],

@@ -23,6 +23,8 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
+from rlhf_helpers.worlds.imdb import TOPICS
+
 IMDB = "stanfordnlp/imdb"
 SENTIMENT = "lvwerra/distilbert-imdb"
 END = "<|endoftext|>"
@@ -31,20 +33,7 @@ TASTE = {
     0: ["dull", "awful", "weak", "boring", "terrible", "thin"],
     1: ["great", "lovely", "strong", "moving", "wonderful", "sharp"],
 }
-THINGS = [
-    "plot",
-    "acting",
-    "music",
-    "ending",
-    "dialogue",
-    "script",
-    "cast",
-    "story",
-    "pace",
-    "humor",
-    "camera",
-    "effects",
-]
+THINGS = [*(topic.replace("humour", "humor") for topic in TOPICS), "camera", "effects"]
 PLACES = ["on a train", "with my sister", "last night", "at a festival", "twice", "by accident"]
 
 

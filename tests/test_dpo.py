@@ -3,10 +3,10 @@ those of TRL's trainer, and the optimum the one that can be listed."""
 
 import copy
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
+import trl_stubs
 from architectures import EOS, build
 from numbers_and_words import letters, normal, value_and_gradient
 
@@ -70,46 +70,10 @@ def test_the_loss_of_the_reference_is_log_2():
 @pytest.mark.parametrize("variant", ["sigmoid", "hinge"])
 def test_dpo_equals_trl(variant):
     """Oracle: TRL's DPOTrainer._compute_loss on the same log-probabilities, value and gradient."""
-    from trl import DPOTrainer
-
     reference = normal(2, 6, seed=1)
 
     def theirs(x):
-        stub = SimpleNamespace(
-            model=SimpleNamespace(training=False),
-            accelerator=SimpleNamespace(
-                device="cpu", gather_for_metrics=lambda t: t, gather=lambda t: t
-            ),
-            aux_loss_enabled=False,
-            ld_alpha=None,
-            precompute_ref_logps=True,
-            f_divergence_type="reverse_kl",
-            loss_types=[variant],
-            loss_weights=[1.0],
-            beta=0.3,
-            label_smoothing=0.0,
-            use_weighting=False,
-            _metrics={"eval": _Anything()},
-            _total_train_tokens=0,
-            _tp_size=1,
-            args=SimpleNamespace(),
-        )
-        log_probs = x.reshape(12, 1)
-        outputs = SimpleNamespace(
-            log_probs=log_probs,
-            entropy=torch.zeros(12, 1),
-            mean_logits=torch.zeros(12, 1),
-            is_top1=torch.zeros(12, 1, dtype=torch.bool),
-            loss=None,
-        )
-        inputs = {
-            "input_ids": torch.zeros(12, 2, dtype=torch.long),
-            "attention_mask": torch.ones(12, 2, dtype=torch.long),
-            "completion_mask": torch.tensor([[0, 1]] * 12),
-            "ref_chosen_logps": reference[0],
-            "ref_rejected_logps": reference[1],
-        }
-        return DPOTrainer._compute_loss(stub, lambda **_: outputs, inputs, False)
+        return trl_stubs.dpo_loss(x, reference, 0.3, variant)
 
     def ours(x):
         return dpo_loss(*x, *reference, 0.3, variant).loss
@@ -122,26 +86,6 @@ def test_dpo_equals_trl(variant):
     assert (gradient == 0).any() == (variant == "hinge")
 
 
-class _Anything(dict):
-    def __missing__(self, key):
-        return []
-
-
-def cpo(loss_type, beta, log_probs, label_smoothing=0.0, gamma=0.0):
-    """TRL's CPO losses of log-ratios (or of mean log-probabilities, for "simpo")."""
-    from trl.experimental.cpo import CPOTrainer
-
-    stub = SimpleNamespace(
-        alpha=0.0,
-        accelerator=SimpleNamespace(device="cpu"),
-        loss_type=loss_type,
-        beta=beta,
-        label_smoothing=label_smoothing,
-        simpo_gamma=gamma,
-    )
-    return CPOTrainer.cpo_loss(stub, *log_probs)[0].mean()
-
-
 @pytest.mark.equation("eq:dpo-loss")
 @pytest.mark.equation("eq:ipo-loss")
 @pytest.mark.parametrize(
@@ -152,7 +96,7 @@ def test_dpo_equals_the_reference_free_losses_of_trl_on_log_ratios(variant, smoo
     with log-ratios."""
     reference = normal(2, 6, seed=1)
     expected, slope = value_and_gradient(
-        lambda x: cpo(variant, 0.3, x - reference, smoothing), 3 * normal(2, 6)
+        lambda x: trl_stubs.cpo_loss(variant, 0.3, x - reference, smoothing), 3 * normal(2, 6)
     )
     value, gradient = value_and_gradient(
         lambda x: dpo_loss(*x, *reference, 0.3, variant, smoothing).loss, 3 * normal(2, 6)
@@ -224,7 +168,7 @@ def test_simpo_equals_trl():
     lengths already."""
     lengths = torch.tensor([[3, 5, 1, 8], [2, 5, 9, 4]])
     expected, slope = value_and_gradient(
-        lambda x: cpo("simpo", 2.0, x / lengths, gamma=0.7), 3 * normal(2, 4)
+        lambda x: trl_stubs.cpo_loss("simpo", 2.0, x / lengths, gamma=0.7), 3 * normal(2, 4)
     )
     value, gradient = value_and_gradient(
         lambda x: simpo_loss(*x, *lengths, beta=2.0, gamma=0.7), 3 * normal(2, 4)
@@ -321,7 +265,7 @@ def test_length_normalised_is_the_loss_of_mean_log_probs():
     found = dpo.pair_loss(
         log_probs, reference, lengths, torch.ones(5), Config(variant="length-normalised", beta=2.0)
     )
-    theirs = cpo("sigmoid", 2.0, ((log_probs - reference) / lengths).unbind(1))
+    theirs = trl_stubs.cpo_loss("sigmoid", 2.0, ((log_probs - reference) / lengths).unbind(1))
     torch.testing.assert_close(found.loss, theirs)
 
 

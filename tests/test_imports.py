@@ -1,6 +1,7 @@
 """Imports go one way, and the package says in pyproject.toml what it needs."""
 
 import ast
+import importlib.util
 import re
 import subprocess
 import sys
@@ -22,6 +23,7 @@ LAYERS = [
     {"scale_out"},
     {"book"},
 ]
+OURS = ("rlhf_helpers", "experiments", "benchmarks")
 MODULES = sorted((ROOT / "rlhf_helpers").rglob("*.py"))
 
 
@@ -65,6 +67,52 @@ def test_imports_go_one_way(path):
     if own in MATHEMATICS or own.startswith("_"):
         outside = {module.split(".")[0] for module in imported(path)} - set(sys.stdlib_module_names)
         assert outside <= {"torch", "rlhf_helpers"}
+
+
+OTHERS = sorted(p for folder in ("experiments", "benchmarks") for p in (ROOT / folder).glob("*.py"))
+
+
+def of_others(path):
+    """(place, dotted name) of everything that a file takes from a module of this repository."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    modules = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(OURS):
+            for alias in node.names:
+                modules[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+                yield node.lineno, f"{node.module}.{alias.name}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            name = modules.get(node.value.id)
+            if name is not None and is_module(name):
+                yield node.lineno, f"{name}.{node.attr}"
+
+
+def is_module(name):
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("path", MODULES + OTHERS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_name_that_a_second_file_uses_has_no_underscore(path):
+    """A private module may be shared; a private name within one may not."""
+    private = [
+        f"line {line}: {name}"
+        for line, name in of_others(path)
+        if name.rpartition(".")[2].startswith("_") and not is_module(name)
+    ]
+    assert not private, "rename it without underscore, or move it to where both may reach it"
+
+
+@pytest.mark.parametrize("path", OTHERS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_experiments_and_benchmarks_name_only_what_exists(path):
+    """They run for hours and seldom, so a name that a move left behind would be found late."""
+    for line, name in of_others(path):
+        module, _, attribute = name.rpartition(".")
+        if not is_module(name):
+            assert hasattr(importlib.import_module(module), attribute), f"line {line}: {name}"
 
 
 def test_importing_the_package_loads_no_framework():

@@ -3,11 +3,11 @@ differences."""
 
 import itertools
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import trl_stubs
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -174,63 +174,6 @@ def test_ppo_loss_equals_a_loop_and_its_finite_differences(clip, clip_high, dual
     )
 
 
-def trl_loss(
-    log_probs,
-    old,
-    advantages,
-    mask,
-    clip,
-    clip_high,
-    delta,
-    ref=None,
-    beta=0.0,
-    loss_type="bnpo",
-    importance="token",
-    longest=None,
-    bias_correct=False,
-):
-    """TRL's GRPO loss driven with plain tensors; "bnpo" is the mean over the batch's tokens, as in
-    PPO."""
-    from trl.trainer.grpo_trainer import GRPOTrainer
-
-    def same(x, **_):
-        return x
-
-    trainer = object.__new__(GRPOTrainer)
-    trainer._get_per_token_logps_and_entropies = lambda *_, **__: (
-        log_probs,
-        torch.zeros_like(log_probs),
-        None,
-    )
-    trainer.aux_loss_enabled = trainer.use_vllm = trainer._entropy_bonus_enabled = False
-    trainer.vllm_importance_sampling_correction = False
-    trainer.top_entropy_quantile, trainer.off_policy_mask_threshold, trainer.beta = 1.0, None, beta
-    trainer.importance_sampling_level, trainer.loss_type = importance, loss_type
-    trainer.max_completion_length = longest
-    trainer.epsilon_low, trainer.epsilon_high = clip, clip if clip_high is None else clip_high
-    trainer.args = SimpleNamespace(
-        delta=delta, use_bias_correction_kl=bias_correct, steps_per_generation=1
-    )
-    trainer.model, trainer.current_gradient_accumulation_steps = SimpleNamespace(training=True), 1
-    trainer.accelerator = SimpleNamespace(
-        num_processes=1, gather=same, gather_for_metrics=same, reduce=same
-    )
-    names = ["kl", "entropy", "low_mean", "high_mean", "region_mean", "low_min", "high_max"]
-    trainer._metrics = {
-        "train": {name if name in ("kl", "entropy") else f"clip_ratio/{name}": [] for name in names}
-    }
-    ids = torch.zeros(log_probs.shape, dtype=torch.int64)
-    batch = {"prompt_ids": ids, "prompt_mask": ids, "completion_ids": ids, "completion_mask": mask}
-    batch |= {
-        "advantages": advantages,
-        "old_per_token_logps": old,
-        "ref_per_token_logps": ref,
-        "num_items_in_batch": mask.sum(),
-    }
-    loss = GRPOTrainer._compute_loss(trainer, None, batch)
-    return loss, trainer._metrics["train"]["clip_ratio/region_mean"][0]
-
-
 @pytest.mark.equation("eq:ppo-clip")
 @pytest.mark.equation("eq:dual-clip")
 @pytest.mark.parametrize(
@@ -247,7 +190,8 @@ def test_ppo_loss_equals_trl(clip, clip_high, dual_clip, seed):
     pytest.importorskip("trl")
     log_probs, old, advantages = ppo_batch(seed)
     expected, slope = value_and_gradient(
-        lambda x: trl_loss(x, old, advantages, MASK, clip, clip_high, dual_clip)[0], log_probs
+        lambda x: trl_stubs.grpo_loss(x, old, advantages, MASK, clip, clip_high, dual_clip)[0],
+        log_probs,
     )
     value, gradient = value_and_gradient(
         lambda x: ppo_clip_loss(x, old, advantages, MASK, clip, clip_high, dual_clip).loss,
@@ -259,7 +203,7 @@ def test_ppo_loss_equals_trl(clip, clip_high, dual_clip, seed):
         log_probs, old, advantages, MASK, clip, clip_high, dual_clip
     ).clip_fraction
     assert float(fraction) == pytest.approx(
-        trl_loss(log_probs, old, advantages, MASK, clip, clip_high, None)[1]
+        trl_stubs.grpo_loss(log_probs, old, advantages, MASK, clip, clip_high, None)[1]
     )
 
 
@@ -623,7 +567,7 @@ def test_grpo_loss_equals_trl(loss_type, importance, beta, bias_correct):
     log_probs, old, both = ppo_batch()
     advantages, ref = both[:, 0], old + 0.3 * random_tensors(1, 7)[0]
     expected, slope = value_and_gradient(
-        lambda x: trl_loss(
+        lambda x: trl_stubs.grpo_loss(
             x,
             old,
             advantages,

@@ -4,12 +4,11 @@ TRL, SciPy's logistic distribution and finite differences."""
 import itertools
 import math
 import re
-from collections import defaultdict
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import trl_stubs
 from numbers_and_words import normal, value_and_gradient
 from scipy.stats import logistic
 
@@ -76,27 +75,13 @@ def test_value_and_gradient_with_everything_given():
 @pytest.mark.parametrize("with_margin", [False, True])
 def test_equals_trl(with_margin):
     """Oracle: TRL's RewardTrainer.compute_loss on the same scores, value and gradient."""
-    pytest.importorskip("trl")
-    from trl.trainer.reward_trainer import RewardTrainer
-
-    def same(x):
-        return x
-
-    trainer = object.__new__(RewardTrainer)
-    trainer.model, trainer.args = SimpleNamespace(training=False), SimpleNamespace()
-    trainer.args.center_rewards_coefficient = None
-    trainer.accelerator = SimpleNamespace(gather=same, gather_for_metrics=same)
-    trainer._metrics, trainer._total_train_tokens = {"eval": defaultdict(list)}, 0
-    margin = normal(6, seed=3).abs()
+    margin = normal(6, seed=3).abs() if with_margin else None
 
     def theirs(scores):
-        inputs = {"margin": margin} if with_margin else {}
-        return RewardTrainer.compute_loss(
-            trainer, lambda **_: SimpleNamespace(logits=scores.reshape(12, 1)), inputs
-        )
+        return trl_stubs.reward_loss(scores, margin)
 
     def ours(scores):
-        return bradley_terry_loss(*scores, margin=margin if with_margin else None)
+        return bradley_terry_loss(*scores, margin=margin)
 
     scores = normal(2, 6)
     expected, slope = value_and_gradient(theirs, scores)

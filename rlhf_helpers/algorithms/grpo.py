@@ -449,7 +449,7 @@ def train(
         a name, on a fault that more iterations would not mend.
     Source: Shao et al. 2024, "DeepSeekMath", algorithm 1.
     """
-    _check(config, prompts, columns, kinds)
+    check(config, prompts, columns, kinds)
     in_range(save_every, "save_every", 1)
     run = start(policy, tokenizer, config)
     further = {name: list(values) for name, values in (columns or {}).items()}
@@ -531,12 +531,13 @@ def _restore(run: Run, found: checkpoint.Checkpoint | None) -> None:
     run.learnability = found.state["learnability"]
 
 
-def _check(
+def check(
     config: Config,
     prompts: Sequence[str],
     columns: Mapping[str, Sequence] | None,
     kinds: Sequence[str] | None,
 ) -> None:
+    """Raises: ValueError on prompts, columns, kinds or settings that do not fit, naming them."""
     check_prompts(prompts, columns)
     if kinds is not None:
         if len(kinds) != len(prompts):

@@ -196,7 +196,7 @@ def train(
     Yields: Metrics, one a step.
     Raises: ValueError on empty texts, no pairs, settings out of range; TrainingStopped as `update`.
     """
-    _check(pairs, config)
+    check(pairs, config)
     policy.eval()  # no dropout: what is trained is what is sampled
     examples = encode(tokenizer, pairs)
     optimizer = adamw(policy, config.learning_rate)
@@ -210,7 +210,8 @@ def train(
         yield Metrics(step + 1, loss, norm, rate, measured)
 
 
-def _check(pairs: Sequence[tuple[str, str]], config: Config) -> None:
+def check(pairs: Sequence[tuple[str, str]], config: Config) -> None:
+    """Raises: ValueError on no pairs or a setting out of range, naming it."""
     if not pairs:
         raise ValueError("pairs is empty; pass at least one (prompt, response)")
     in_range(config.learning_rate, "learning_rate", 0.0, open_low=True)

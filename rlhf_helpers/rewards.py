@@ -274,8 +274,7 @@ def vader(prompts: list[str], completions: list[str], **columns: Any) -> list[fl
     and emoji with rules for negation, emphasis and "but".
 
     Source: Hutto and Gilbert 2014, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis
-        of
-        Social Media Text".
+        of Social Media Text".
     """
     return [_analyser().polarity_scores(text)["compound"] for text in completions]
 

@@ -555,8 +555,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     group = torch.distributed.group.WORLD
     _finish(trainer, args.output / "curve.json", round(time.perf_counter() - begin, 1))
     # freed with the trainer, torch 2.13's group would wait, holding Python's lock, for a thread
-    # that
-    # waits for this lock; so the group goes last
+    # that waits for this lock; so the group goes last
     del trainer
     gc.collect()
     del group

@@ -87,7 +87,7 @@ def test_a_page_without_marks_is_refused(book):
 
 
 @pytest.mark.parametrize("place", build_chapters.PLACES)
-def test_the_tables_of_chapters_are_current(place):
+def test_the_stored_tables_are_current(place):
     stored = (contents.ROOT / place).read_text(encoding="utf-8")
     assert stored == build_chapters.build(place), f"{place} is out of date: run `make tables`"
 

@@ -530,8 +530,7 @@ def judged(rollout: Rollout, scores: Tensor, first: Tensor, second: Tensor) -> l
         rollout: N = B·G responses, those of a prompt next to each other.
         scores: [B, G], log-odds.
         first, second: [B], which of the G; the one with the higher score becomes the chosen one,
-            with
-            the label σ(difference of scores).
+            with the label σ(difference of scores).
     Raises: ValueError if no pair is left.
     """
     found = []

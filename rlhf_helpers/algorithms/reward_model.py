@@ -379,8 +379,7 @@ def train(
             steps and after the last.
     Yields: Metrics, one a step.
     Raises: ValueError on no comparisons, unequal numbers of responses, labels that the loss does
-        not
-        use, settings out of range; TrainingStopped as `update`.
+        not use, settings out of range; TrainingStopped as `update`.
     """
     _check(data, config)
     model.eval()  # no dropout: the score that is trained is the score that is used

@@ -393,8 +393,7 @@ def best_of_n(log_probs: Tensor, scores: Tensor, n: int) -> Tensor:
     Returns: [Y], log-probabilities. Computed in float64, and without a gradient.
     Raises: ValueError on unequal shapes, a score that is not finite, no distribution, n < 1.
     Source: Beirami et al. 2024, "Theoretical Guarantees on the Best-of-n Alignment Policy", section
-        2
-        (there without ties).
+        2 (there without ties).
     """
     same_shape(log_probs=log_probs, scores=scores)
     _check_distributions(log_probs=log_probs)

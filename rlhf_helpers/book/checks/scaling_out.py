@@ -83,10 +83,9 @@ def check_local_losses(answer: Function) -> None:
 
 
 def check_shard(answer: Function) -> None:
-    """Exercise 3: answer(prompts [B], group, rank, processes) -> the prompt of each completion
-    that
-    this process samples: the first prompts are those of process 0, and samples of a prompt are
-        neighbours."""
+    """Exercise 3: answer(prompts [B], group, rank, processes) -> the prompt of each completion that
+    this process samples. The first prompts are those of process 0, and samples of a prompt are
+    neighbours."""
 
     def right(prompts: Tensor, group: int, rank: int, processes: int) -> Tensor:
         size = len(prompts) // processes

@@ -99,5 +99,5 @@ repo: setup ## write another repository's address everywhere: REPO=owner/name
 	$(BIN)/python tools/set_repo.py $(REPO)
 
 clean: ## remove everything that was built, except .venv and .venv-ui
-	rm -rf _build .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf _build build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

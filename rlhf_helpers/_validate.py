@@ -1,37 +1,98 @@
-"""Argument checks shared by the mathematics: every message names the argument and the fix."""
+"""Argument checks shared by the package: every message names the argument and the fix."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+import numbers
+import unicodedata
+from collections.abc import Hashable, Iterable
 
 import torch
 from torch import Tensor
 
+# Logits up to 1e18 can be divided by it in float32.
+_COLDEST = 1e-20
 
-def same_shape(**tensors: Tensor | None) -> None:
-    """Raise ValueError unless all given tensors (None is skipped) have one shape."""
-    given = {name: tuple(t.shape) for name, t in tensors.items() if t is not None}
-    if len(set(given.values())) > 1:
-        listed = ", ".join(f"{name} {shape}" for name, shape in given.items())
+
+def tensors(**given: Tensor | None) -> None:
+    """Raise TypeError unless all given values (None is skipped) are tensors of real numbers."""
+    for name, value in given.items():
+        if value is None:
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"{name} is of type {type(value).__name__}; pass a tensor, e.g. torch.tensor(…)"
+            )
+        if value.is_complex():
+            raise TypeError(f"{name} holds complex numbers; pass real ones")
+
+
+def same_shape(**given: Tensor | None) -> None:
+    """Raise ValueError unless all given tensors (None is skipped) have one shape, TypeError unless
+    they are tensors."""
+    tensors(**given)
+    shapes = {name: tuple(t.shape) for name, t in given.items() if t is not None}
+    if len(set(shapes.values())) > 1:
+        listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
         raise ValueError(f"shapes differ: {listed}; pass tensors of one shape")
 
 
 def one_of(value: str, known: Iterable[str], name: str) -> None:
     """Raise ValueError unless `value` is among the `known` names."""
     known = tuple(known)
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(map(repr, known))}")
 
 
+def true_or_false(value: bool, name: str) -> None:
+    """Raise TypeError unless `value` is True or False (NumPy's will do)."""
+    if not isinstance(_plain(value), bool):
+        raise TypeError(f"{name}={value!r} is of type {type(value).__name__}; pass True or False")
+
+
 def in_range(
-    value: float, name: str, low: float, high: float = float("inf"), *, open_low: bool = False
+    value: float,
+    name: str,
+    low: float,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+    infinite: bool = False,
 ) -> None:
-    """Raise ValueError unless low ≤ value ≤ high (low < value if `open_low`); NaN is refused."""
-    above = value > low if open_low else value >= low
-    if not (above and value <= high):
-        left = "(" if open_low else "["
-        right = ")" if high == float("inf") else "]"
-        raise ValueError(f"{name}={value} must lie in {left}{low}, {high}{right}")
+    """Raise ValueError unless low ≤ value ≤ high (low < value if `open_low`), TypeError if it is no
+    number.
+
+    NaN is refused, and infinity unless `infinite`. A `low` that is written as a whole number (1,
+    not 1.0) asks for a whole number. NumPy's and torch's scalars are numbers; True, a text and
+    None are none.
+    """
+    plain = _plain(value)
+    if isinstance(plain, bool) or not isinstance(plain, numbers.Real):
+        raise TypeError(f"{name}={value!r} is of type {type(value).__name__}; pass a number")
+    whole = isinstance(low, int)
+    if whole and not isinstance(plain, numbers.Integral):
+        raise ValueError(f"{name}={plain} is no whole number; pass one, e.g. {low}")
+    within = (plain > low if open_low else plain >= low) and plain <= high
+    if not within or (math.isinf(plain) and not infinite):
+        left = "(" if open_low or low == -math.inf else "["
+        right = ")" if high == math.inf and not infinite else "]"
+        raise ValueError(f"{name}={plain} must lie in {left}{low}, {high}{right}")
+
+
+def check_temperature(value: float) -> None:
+    """Raise ValueError unless logits can be divided by this temperature."""
+    in_range(value, "temperature", 0.0, open_low=True)
+    if value < _COLDEST:
+        raise ValueError(
+            f"temperature={value} is so small that logits overflow when they are divided by it; "
+            f"pass at least {_COLDEST:g}, or take the likeliest token (top_k=1)"
+        )
+
+
+def _plain(value: object) -> object:
+    """A scalar of NumPy or torch as Python's own; NumPy's arrays (they have no hash) stay."""
+    scalar = getattr(value, "ndim", None) == 0 and isinstance(value, Hashable)
+    return value.item() if scalar else value
 
 
 def finite(values: Tensor, name: str, mask: Tensor | None = None) -> None:
@@ -45,16 +106,82 @@ def finite(values: Tensor, name: str, mask: Tensor | None = None) -> None:
         raise ValueError(f"{name}{list(where)} is {values[where].item()}; it must be finite")
 
 
+def zero_or_one(mask: Tensor, name: str = "mask") -> Tensor:
+    """Return `mask` as booleans; raise ValueError unless every entry is 0 or 1.
+
+    An additive mask (0 counts, −inf does not) would otherwise be taken inverted, and other numbers
+    would count as yes in one place and as a factor in another.
+    """
+    tensors(**{name: mask})
+    if mask.dtype == torch.bool:
+        return mask
+    odd = (mask != 0) & (mask != 1)
+    if odd.any():
+        where = tuple(odd.nonzero()[0].tolist())
+        raise ValueError(
+            f"{name}{list(where)} is {mask[where].item()}; pass booleans, or 1 for what counts and "
+            "0 for what does not"
+        )
+    return mask.bool()
+
+
 def as_mask(mask: Tensor | None, like: Tensor, name: str = "mask") -> Tensor:
-    """Return `mask` as booleans of the shape of `like` (all True for None); refuse other shapes
-    and empty masks."""
+    """Return `mask` as booleans of the shape of `like` (all True for None); refuse other shapes,
+    entries other than 0 and 1, and empty masks."""
     if mask is None:
         mask = torch.ones_like(like, dtype=torch.bool)
+    tensors(**{name: mask})
     if mask.shape != like.shape:
         raise ValueError(
             f"{name} has shape {tuple(mask.shape)}, the values {tuple(like.shape)}; make them equal"
         )
-    mask = mask.bool()
+    mask = zero_or_one(mask, name)
     if not mask.any():
         raise ValueError(f"{name} is empty: no entry counts; pass at least one 1")
     return mask
+
+
+def as_float(values: Tensor) -> Tensor:
+    """Numbers that can be summed and squared: half precision as float32, whole numbers as floats,
+    float32 and float64 as they are."""
+    if not values.is_floating_point():
+        values = values.to(torch.get_default_dtype())
+    return values if values.dtype in (torch.float32, torch.float64) else values.float()
+
+
+def all_equal(grouped: Tensor) -> Tensor:
+    """Whether all numbers of a row [rows, size] are equal, [rows, 1]: the one definition of a group
+    of rewards that teaches nothing."""
+    return (grouped == grouped[:, :1]).all(dim=1, keepdim=True)
+
+
+# Letters that draw nothing (soft hyphen, zero-width space, word joiner, byte-order mark), and those
+# that only fill a place.
+_UNSEEN = dict.fromkeys(map(ord, "\u00ad\u200b\u2060\ufeff"))
+_FILLERS = "\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u2800\u3164\uffa0" + "".join(
+    map(chr, range(0xFE00, 0xFE10))
+)
+
+
+def visible(text: str) -> str:
+    """What a reader can tell of a text: without spaces and invisible letters at its ends and
+    zero-width ones inside, with one spelling of accents and of line ends. "" if there is nothing to
+    see."""
+    text = unicodedata.normalize("NFC", text.translate(_UNSEEN))
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    seen = [i for i, letter in enumerate(text) if not _is_blank(letter)]
+    return text[seen[0] : seen[-1] + 1] if seen else ""
+
+
+def _is_blank(letter: str) -> bool:
+    return letter.isspace() or letter in _FILLERS or unicodedata.category(letter) in ("Cf", "Cc")
+
+
+def pair_problem(first: str, second: str) -> str | None:
+    """Why nobody can compare two responses: "has an empty response" or "has two equal responses",
+    by what is `visible`; None if they can be compared. The one rule of rows, annotators, panel,
+    sampling and training."""
+    one, other = visible(first), visible(second)
+    if not (one and other):
+        return "has an empty response"
+    return "has two equal responses" if one == other else None

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from rlhf_helpers._validate import in_range, one_of, same_shape
+from rlhf_helpers._validate import as_float, in_range, one_of, same_shape
 
 KL_KINDS = ("k1", "k2", "k3", "abs")
 
@@ -29,13 +29,13 @@ def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, kind: str = "k3") -> T
     Args:
         log_probs, ref_log_probs: [..., T], nats, of the same sampled tokens.
         kind: "k1", "k2", "k3" or "abs".
-    Returns: [..., T], nats.
+    Returns: [..., T], nats; float32 or, for float64 log-probabilities, float64.
     Raises: ValueError on an unknown kind or unequal shapes.
     Source: Schulman 2020, "Approximating KL Divergence".
     """
     one_of(kind, KL_KINDS, "kind")
     same_shape(log_probs=log_probs, ref_log_probs=ref_log_probs)
-    d = log_probs - ref_log_probs
+    d = as_float(log_probs) - as_float(ref_log_probs)
     if kind == "k1":
         return d
     if kind == "k2":
@@ -66,17 +66,19 @@ def exact_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
     Args:
         logits, ref_logits: [N, T, V] (any leading shape works). −inf means probability zero.
     Returns: [N, T], nats, ≥ 0 up to rounding; +inf where π gives mass to what π_ref cannot
-        produce.
-    Raises: ValueError on unequal shapes.
+        produce. Float32 or, for float64 logits, float64.
+    Raises: ValueError on unequal shapes, or without a vocabulary.
     Source: Kullback and Leibler 1951, "On Information and Sufficiency".
     """
     same_shape(logits=logits, ref_logits=ref_logits)
-    log_probs = logits.log_softmax(-1)
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(
+            f"logits has shape {tuple(logits.shape)}; the last dimension must be the vocabulary"
+        )
+    log_probs, ref_log_probs = (as_float(x).log_softmax(-1) for x in (logits, ref_logits))
     probs = log_probs.exp()
     impossible = probs == 0
-    log_ratio = log_probs.masked_fill(impossible, 0.0) - ref_logits.log_softmax(-1).masked_fill(
-        impossible, 0.0
-    )
+    log_ratio = log_probs.masked_fill(impossible, 0.0) - ref_log_probs.masked_fill(impossible, 0.0)
     return (probs * log_ratio).sum(-1)
 
 
@@ -105,22 +107,22 @@ class AdaptiveKLController:
         in_range(horizon, "horizon", 0.0, open_low=True)
         self.coefficient = float(coefficient)
         self.target = float(target)
-        self.horizon = horizon
+        self.horizon = float(horizon)
 
     def update(self, kl: float, num_steps: int) -> float:
         """Move the coefficient after `num_steps` samples whose mean KL was `kl` nats; returns the
         new coefficient.
 
-        Raises: ValueError if kl is NaN or infinite, or num_steps is not in [1, horizon / 0.2),
-            beyond which one update could turn the coefficient negative.
+        Raises: ValueError if kl is NaN or infinite, or num_steps is no whole number in [1, horizon
+            / 0.2), beyond which one update could turn the coefficient negative; the coefficient
+            then stays as it was.
         """
-        kl = float(kl)
-        if not math.isfinite(kl):
-            raise ValueError(f"kl={kl} must be finite; the coefficient stays {self.coefficient}")
-        if not 1 <= num_steps < self.horizon / 0.2:
+        in_range(kl, "kl", -math.inf)
+        in_range(num_steps, "num_steps", 1)
+        if not num_steps < self.horizon / 0.2:
             raise ValueError(
                 f"num_steps={num_steps} must lie in [1, {self.horizon / 0.2:g}); raise horizon"
             )
-        error = min(max(kl / self.target - 1.0, -0.2), 0.2)
-        self.coefficient *= 1.0 + error * num_steps / self.horizon
+        error = min(max(float(kl) / self.target - 1.0, -0.2), 0.2)
+        self.coefficient *= 1.0 + error * int(num_steps) / self.horizon
         return self.coefficient

@@ -1,16 +1,27 @@
 """Log-probabilities, entropy, and the masked statistics that every loss is built from.
 
-Log-probabilities are in nats. In a mask, 1 or True means that the entry counts.
+Log-probabilities are in nats. In a mask, 1 or True means that the entry counts; numbers
+other than 0 and 1 are refused.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rlhf_helpers._forward import check_groups, checked_mask, completion_states, trunk_and_head
-from rlhf_helpers._validate import as_mask, in_range
+from rlhf_helpers._validate import (
+    all_equal,
+    as_float,
+    as_mask,
+    check_temperature,
+    in_range,
+    tensors,
+    true_or_false,
+)
 
 # Logits that are upcast, divided by the temperature and exponentiated at a time: 4 MiB in float32.
 _CHUNK_LOGITS = 2**20
@@ -31,10 +42,12 @@ def token_log_probs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) ->
         tokens: [N, T], integers in [0, V).
         temperature: > 0; the softmax is that of logits / temperature.
     Returns: [N, T], nats; float32 or, for float64 logits, float64.
-    Raises: ValueError on unequal leading shapes, a token outside the vocabulary, temperature ≤ 0.
+    Raises: ValueError on unequal leading shapes, a token outside the vocabulary, temperature ≤ 0 or
+        so small that the division would overflow.
     Source: the definition of the softmax.
     """
-    in_range(temperature, "temperature", 0.0, open_low=True)
+    check_temperature(temperature)
+    tensors(logits=logits, tokens=tokens)
     if logits.shape[:-1] != tokens.shape:
         raise ValueError(
             f"tokens has shape {tuple(tokens.shape)}, logits {tuple(logits.shape)}; "
@@ -47,6 +60,8 @@ def token_log_probs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) ->
         raise ValueError(
             f"tokens holds an index outside [0, {vocabulary}), the vocabulary of logits"
         )
+    if tokens.numel() == 0:
+        return as_float(logits.sum(-1))  # no row, but the type and the graph of all others
     # a view of [sequences, positions, V], cut along both so that every piece stays a view of the
     # logits
     shape = (
@@ -87,20 +102,22 @@ def entropy(logits: Tensor) -> Tensor:
 
     Equation: eq:entropy
 
-    A logit of −inf is a token of probability zero and adds nothing.
+    A logit of −inf is a token of probability zero and adds nothing. Half-precision logits are
+    computed in float32.
 
     Args:
         logits: [N, T, V] (any leading shape works); divide by the temperature first if you sample
             with one.
-    Returns: [N, T], nats, in [0, log V].
+    Returns: [N, T], nats, in [0, log V]; float32 or, for float64 logits, float64.
     Raises: ValueError if logits is a scalar or has no vocabulary.
     Source: Shannon 1948, "A Mathematical Theory of Communication", section 6.
     """
+    tensors(logits=logits)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(
             f"logits has shape {tuple(logits.shape)}; the last dimension must be the vocabulary"
         )
-    log_probs = logits.log_softmax(-1)
+    log_probs = as_float(logits).log_softmax(-1)
     probs = log_probs.exp()
     # 0 · (−inf) is NaN where the limit is 0
     return -(probs * log_probs.masked_fill(probs == 0, 0.0)).sum(-1)
@@ -111,20 +128,24 @@ def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
 
     Equation: eq:masked-mean
 
-    What stands under the mask never reaches the result or the gradient, NaN included.
+    What stands under the mask never reaches the result or the gradient, NaN included. Half
+    precision is summed in float32.
 
     Args:
         values: any shape.
         mask: the same shape; 1 or True counts.
         dim: the dimension to average over; None means all.
-    Returns: a scalar, or `values` without `dim`.
-    Raises: ValueError on unequal shapes, or if no entry counts (with `dim`, in any slice).
+    Returns: a scalar, or `values` without `dim`; float32 or, for float64 values, float64.
+    Raises: ValueError on unequal shapes, a mask of anything but 0 and 1, a dimension that `values`
+        does not have, or if no entry counts (with `dim`, in any slice).
     Source: the definition of the mean.
     """
+    tensors(values=values, mask=mask)
     mask = as_mask(mask, values)
-    kept = values.masked_fill(~mask, 0.0)
+    kept = as_float(values).masked_fill(~mask, 0.0)
     if dim is None:
         return kept.sum() / mask.sum()
+    in_range(dim, "dim", -values.dim(), values.dim() - 1)
     counts = mask.sum(dim)
     if (counts == 0).any():
         raise ValueError(
@@ -145,23 +166,39 @@ def masked_whiten(
         values: any shape, e.g. advantages [N, T].
         mask: the same shape; 1 or True counts.
         shift_mean: False scales the spread and keeps the mean, as is done for rewards.
-        eps: added to the variance.
-    Returns: the shape of `values`; 0 where the mask is 0.
-    Raises: ValueError on unequal shapes or fewer than two entries that count (no variance exists).
+        eps: added to the variance, ≥ 0.
+    Returns: the shape of `values`; 0 where the mask is 0; entries that are all equal have no
+        spread, and come out as exactly 0, or their mean. Float32 or, for float64 values, float64.
+    Raises: ValueError on unequal shapes, a mask of anything but 0 and 1, fewer than two entries
+        that count (no variance exists), or eps < 0.
     Source: Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO", detail on
         whitening; the variance is the unbiased one (n − 1).
     """
+    tensors(values=values, mask=mask)
+    true_or_false(shift_mean, "shift_mean")
+    in_range(eps, "eps", 0.0)
     mask = as_mask(mask, values)
     count = mask.sum()
     if count < 2:
         raise ValueError("mask counts one entry; a variance needs at least two")
+    values = as_float(values)
     mean = masked_mean(values, mask)
     centred = (values - mean).masked_fill(~mask, 0.0)
-    variance = centred.square().sum() / (count - 1)
-    whitened = centred * torch.rsqrt(variance + eps)
+    # a power of two leaves every digit as it is, and lets large numbers be squared
+    scale = _power_of_two(centred)
+    variance = (centred / scale).square().sum() / (count - 1)
+    whitened = centred / scale * torch.rsqrt(variance + eps / scale / scale)
+    # rounding of the mean would otherwise leave a residue that a small eps blows up
+    whitened = whitened.masked_fill(all_equal(values[mask][None]).squeeze(), 0.0)
     if not shift_mean:
         whitened = whitened + mean
     return whitened.masked_fill(~mask, 0.0)
+
+
+def _power_of_two(values: Tensor) -> float:
+    """The highest power of two that is not above the largest size, and at least 1."""
+    largest = values.detach().abs().max().item()
+    return 2.0 ** (math.frexp(largest)[1] - 1) if 1.0 < largest < math.inf else 1.0
 
 
 def completion_log_probs(
@@ -197,14 +234,17 @@ def completion_log_probs(
     Returns: [N, C], nats; float32 or, for a float64 model, float64; exactly 0 where the mask is 0,
         which costs no work in the output embedding.
     Raises: ValueError on unequal shapes, C outside [1, P + C − 1], a prompt that is padded on the
-        right, a token outside the vocabulary, a sequence longer than the model's context, rows of
-        a group with unequal prompts, temperature ≤ 0, chunk_size < 1.
+        right, or at all for a model that reads padding as text, a model that reads in both
+        directions, a token outside the vocabulary, a sequence longer than the model's context,
+        rows of a group with unequal prompts, a mask of anything but 0 and 1, temperature ≤ 0 or so
+        small that the division would overflow, chunk_size < 1.
     Source: the chain rule of probability.
     """
     mask = checked_mask(model, tokens, attention_mask, completion_length)
-    in_range(temperature, "temperature", 0.0, open_low=True)
+    check_temperature(temperature)
     chunk_size = _CHUNK_TOKENS if chunk_size is None else chunk_size
     in_range(chunk_size, "chunk_size", 1)
+    in_range(samples_per_prompt, "samples_per_prompt", 1)
     check_groups(tokens, mask, completion_length, samples_per_prompt)
     targets, counted = tokens[:, -completion_length:], mask[:, -completion_length:].bool()
     parts = trunk_and_head(model)

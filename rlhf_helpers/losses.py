@@ -1,5 +1,9 @@
 """The losses: scalars to minimise, from log-probabilities, advantages and masks, or from the scores
-of responses that were compared."""
+of responses that were compared.
+
+Half precision is computed in float32, and so is the loss. A mask holds booleans, or 1 for what
+counts and 0 for what does not; other numbers are refused.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rlhf_helpers._validate import as_mask, finite, in_range, one_of, same_shape
+from rlhf_helpers._validate import (
+    as_float,
+    as_mask,
+    finite,
+    in_range,
+    one_of,
+    same_shape,
+    tensors,
+    true_or_false,
+)
 from rlhf_helpers.kl import kl_estimate
 from rlhf_helpers.logprobs import masked_mean
 
@@ -49,15 +62,16 @@ def policy_gradient_loss(
         advantages: the same shape (plain rewards are the advantages of a zero baseline).
         mask: the same shape; 1 or True counts; None counts all.
     Returns: a scalar.
-    Raises: ValueError on unequal shapes, an empty mask, a counted advantage that is not finite.
+    Raises: ValueError on unequal shapes, a mask that is empty or not of 0 and 1, a counted
+        advantage that is not finite.
     Source: Williams 1992, "Simple Statistical Gradient-Following Algorithms for Connectionist
         Reinforcement Learning", section 4 (REINFORCE).
     """
     same_shape(log_probs=log_probs, advantages=advantages)
     mask = as_mask(mask, log_probs)
     finite(advantages, "advantages", mask)
-    log_probs = log_probs.masked_fill(~mask, 0.0)
-    return -masked_mean(advantages.detach() * log_probs, mask)
+    log_probs = as_float(log_probs).masked_fill(~mask, 0.0)
+    return -masked_mean(as_float(advantages).detach() * log_probs, mask)
 
 
 def ppo_clip_loss(
@@ -88,23 +102,23 @@ def ppo_clip_loss(
         dual_clip: c > 1: for A < 0 the term is max(min(ρ·A, clip(ρ)·A), c·A); None turns it off.
     Returns: PolicyLoss(loss, clip_fraction, approx_kl), scalars. clip_fraction is the share of
         entries whose gradient the clip has cut (ρ > 1 + ε with A > 0, or ρ < 1 − ε with A < 0);
-        approx_kl is the mean of ρ − 1 − log ρ.
-    Raises: ValueError on unequal shapes, an empty mask, a counted advantage that is not finite,
-        clip ≤ 0, clip_high ≤ 0, dual_clip ≤ 1.
+        approx_kl is the mean of ρ − 1 − log ρ. A ratio that would overflow counts as the largest
+        that does not; its gradient goes on.
+    Raises: ValueError on unequal shapes, a mask that is empty or not of 0 and 1, a counted
+        advantage that is not finite, clip ≤ 0, clip_high ≤ 0, dual_clip ≤ 1.
     Source: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", equation 7; dual clip:
         Ye et al. 2020, "Mastering Complex Control in MOBA Games with Deep Reinforcement Learning";
         clip_high: Yu et al. 2025, "DAPO", section 3.1.
     """
     clip_high = clip if clip_high is None else clip_high
-    in_range(clip, "clip", 0.0, open_low=True)
-    in_range(clip_high, "clip_high", 0.0, open_low=True)
+    in_range(clip, "clip", 0.0, open_low=True, infinite=True)
+    in_range(clip_high, "clip_high", 0.0, open_low=True, infinite=True)
     same_shape(log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages)
     mask = as_mask(mask, log_probs)
     finite(advantages, "advantages", mask)
-    advantages = advantages.detach().masked_fill(~mask, 0.0)
-    log_ratio = (log_probs - old_log_probs.detach()).masked_fill(~mask, 0.0)
-    # past this the exponential overflows, and 0 · inf would turn a finite loss or gradient into NaN
-    log_ratio = log_ratio.clamp(max=0.99 * math.log(torch.finfo(log_ratio.dtype).max))
+    advantages = as_float(advantages).detach().masked_fill(~mask, 0.0)
+    log_ratio = as_float(log_probs) - as_float(old_log_probs).detach()
+    log_ratio = _bounded(log_ratio.masked_fill(~mask, 0.0))
 
     ratio = log_ratio.exp()
     clipped_ratio = ratio.clamp(1.0 - clip, 1.0 + clip_high)
@@ -124,6 +138,16 @@ def ppo_clip_loss(
         # KL(π_old‖π) from actions that π_old sampled
         approx_kl = masked_mean(kl_estimate(torch.zeros_like(log_ratio), log_ratio, "k3"), mask)
     return PolicyLoss(loss, clip_fraction, approx_kl)
+
+
+def _bounded(log_ratio: Tensor) -> Tensor:
+    """The log-ratio, held where its exponential is finite: 0 · inf would turn a finite loss or
+    gradient into NaN. Its gradient is not held."""
+    most = torch.finfo(log_ratio.dtype).max
+    highest = 0.99 * math.log(most)
+    log_ratio = log_ratio.clamp(max=most)
+    held = highest + (log_ratio - log_ratio.detach())
+    return torch.where(log_ratio > highest, held, log_ratio)
 
 
 def grpo_loss(
@@ -165,8 +189,9 @@ def grpo_loss(
         max_completion_length: the constant length of "dr_grpo"; None means T.
         bias_correct_kl: multiply k3 by the ratio, which makes its gradient that of KL(π‖π_ref).
     Returns: PolicyLoss as `ppo_clip_loss`; the loss contains the KL term.
-    Raises: ValueError on unequal shapes, an empty mask, a counted advantage that is not finite,
-        settings out of range, an unknown loss_type or importance, beta > 0 without ref_log_probs.
+    Raises: ValueError on other or unequal shapes, a mask that is empty or not of 0 and 1, a counted
+        advantage that is not finite, settings out of range, an unknown loss_type or importance,
+        beta > 0 without ref_log_probs.
     Source: Shao et al. 2024, "DeepSeekMath", equation 3; "dr_grpo": Liu et al. 2025, "Understanding
         R1-Zero-Like Training", section 3; "dapo": Yu et al. 2025, "DAPO", section 3; "sequence":
         Zheng et al. 2025, "Group Sequence Policy Optimization", equation 7; bias correction:
@@ -175,11 +200,17 @@ def grpo_loss(
     one_of(loss_type, GRPO_TYPES, "loss_type")
     one_of(importance, IMPORTANCE, "importance")
     in_range(beta, "beta", 0.0)
+    true_or_false(bias_correct_kl, "bias_correct_kl")
     same_shape(log_probs=log_probs, old_log_probs=old_log_probs, ref_log_probs=ref_log_probs)
+    if log_probs.dim() != 2:
+        raise ValueError(f"log_probs has shape {tuple(log_probs.shape)}; pass [sequences, tokens]")
     mask = as_mask(mask, log_probs)
     advantages = _by_token(advantages, log_probs)
     lengths = mask.sum(1, keepdim=True).clamp(min=1)
-    log_ratio = (log_probs - old_log_probs.detach()).masked_fill(~mask, 0.0)
+    # what stands under the mask would reach the gradient through the log-ratios
+    parts = (log_probs, old_log_probs.detach())
+    log_probs, old_log_probs = (as_float(x).masked_fill(~mask, 0.0) for x in parts)
+    log_ratio = log_probs - old_log_probs
     if importance == "sequence":
         log_ratio = (log_ratio.sum(1, keepdim=True) / lengths).expand_as(mask)
     weights = torch.ones_like(log_ratio)
@@ -195,14 +226,35 @@ def grpo_loss(
         return found
     if ref_log_probs is None:
         raise ValueError("beta is above 0, so ref_log_probs is needed; pass it, or beta=0.0")
-    kl = kl_estimate(*(x.masked_fill(~mask, 0.0) for x in (log_probs, ref_log_probs.detach())))
+    ref_log_probs = as_float(ref_log_probs).detach().masked_fill(~mask, 0.0)
+    kl = kl_estimate(log_probs, ref_log_probs)
     if bias_correct_kl:
-        kl = kl * log_ratio.exp()
+        log_product = ref_log_probs - old_log_probs  # exact, and without a gradient
+        if importance == "sequence":
+            log_product = log_ratio + ref_log_probs - log_probs
+        kl = _corrected_kl(log_probs, ref_log_probs, log_ratio, log_product)
     return found._replace(loss=found.loss + beta * masked_mean(weights * kl, mask))
+
+
+def _corrected_kl(
+    log_probs: Tensor, ref_log_probs: Tensor, log_ratio: Tensor, log_product: Tensor
+) -> Tensor:
+    """The estimate k3 of each token times the ratio ρ, also where k3 overflows and ρ is 0.
+
+    With d = log π_ref − log π it is ρ·(e^d − 1 − d) = ρ·e^d − ρ·(1 + d); the logarithm of ρ·e^d is
+    `log_product`.
+    """
+    d = ref_log_probs - log_probs
+    ratio = _bounded(log_ratio).exp()
+    far = d.detach() > 20.0  # where nothing cancels any more
+    near = kl_estimate(log_probs, torch.where(far, log_probs, ref_log_probs)) * ratio
+    product = torch.where(far, log_product, 0.0).exp()
+    return torch.where(far, product - ratio * (1.0 + d), near)
 
 
 def _by_token(advantages: Tensor, like: Tensor) -> Tensor:
     """Advantages [N] or [N, T] as [N, T]."""
+    tensors(advantages=advantages)
     if advantages.shape == like.shape[:1]:
         return advantages[:, None].expand_as(like)
     if advantages.shape != like.shape:
@@ -232,20 +284,20 @@ def value_loss(
         mask: the same shape; 1 or True counts; None counts all.
         clip: how far V may move from old_values, in units of the return, > 0; None turns it off.
     Returns: a scalar.
-    Raises: ValueError on unequal shapes, an empty mask, a counted return that is not finite, clip
-        ≤ 0.
+    Raises: ValueError on unequal shapes, a mask that is empty or not of 0 and 1, a counted return
+        that is not finite, clip ≤ 0.
     Source: Huang et al. 2022, "The 37 Implementation Details of PPO", core detail 9; the clip goes
         back to OpenAI Baselines.
     """
     same_shape(values=values, old_values=old_values, returns=returns)
     mask = as_mask(mask, values)
     finite(returns, "returns", mask)
-    values = values.masked_fill(~mask, 0.0)
-    returns = returns.detach().masked_fill(~mask, 0.0)
+    values = as_float(values).masked_fill(~mask, 0.0)
+    returns = as_float(returns).detach().masked_fill(~mask, 0.0)
     error = (values - returns).square()
     if clip is not None:
         in_range(clip, "clip", 0.0, open_low=True)
-        old_values = old_values.detach().masked_fill(~mask, 0.0)
+        old_values = as_float(old_values).detach().masked_fill(~mask, 0.0)
         moved = old_values + (values - old_values).clamp(-clip, clip)
         error = torch.maximum(error, (moved - returns).square())
     return 0.5 * masked_mean(error, mask)
@@ -283,7 +335,7 @@ def bradley_terry_loss(
     """
     same_shape(chosen_scores=chosen_scores, rejected_scores=rejected_scores, weight=weight)
     _check_scores(chosen_scores=chosen_scores, rejected_scores=rejected_scores)
-    z = chosen_scores - rejected_scores
+    z = as_float(chosen_scores) - as_float(rejected_scores)
     if margin is not None:
         z = z - _label(margin, "margin", z)
     losses = -logsigmoid(z)
@@ -315,11 +367,13 @@ def plackett_luce_loss(scores: Tensor) -> Tensor:
     Source: Plackett 1975, "The Analysis of Permutations"; Rafailov et al. 2023, "Direct Preference
         Optimization", appendix A.3.
     """
+    tensors(scores=scores)
     if scores.dim() != 2 or scores.shape[1] < 2:
         raise ValueError(
             f"scores has shape {tuple(scores.shape)}; pass [N, K] with K ≥ 2, best first"
         )
     _check_scores(scores=scores)
+    scores = as_float(scores)
     # logcumsumexp would do it in one call, but its gradient is off in the fifth digit for large
     # scores
     left = [scores[:, k:].logsumexp(1) for k in range(scores.shape[1])]
@@ -354,11 +408,11 @@ def rao_kupper_loss(
     ties = outcome == 0.5
     if not (ties | (outcome == 0) | (outcome == 1)).all():
         raise ValueError("outcome must be 1 (the first won), 0 (the second) or 0.5 (a tie)")
-    z = scores_a - scores_b
-    threshold = torch.as_tensor(threshold, dtype=z.dtype, device=z.device)
-    if threshold.numel() != 1:
+    z = as_float(scores_a) - as_float(scores_b)
+    if isinstance(threshold, Tensor) and threshold.numel() != 1:
         raise ValueError(f"threshold has shape {tuple(threshold.shape)}; pass one number")
-    in_range(threshold.item(), "threshold", 0.0)
+    in_range(threshold.item() if isinstance(threshold, Tensor) else threshold, "threshold", 0.0)
+    threshold = torch.as_tensor(threshold, dtype=z.dtype, device=z.device)
     if ties.any() and threshold == 0:
         raise ValueError("threshold=0 makes ties impossible, but outcome holds one; raise it")
     log_probs = (outcome >= 0.5) * logsigmoid(z - threshold)
@@ -397,25 +451,28 @@ def dpo_loss(
             one a pair, [N]; "sigmoid" only. Up to ½ it makes the loss conservative; one a pair, it
             is 1 − P(chosen preferred), where several people were asked.
     Returns: PreferenceLoss; the loss is a scalar, the mean over pairs.
-    Raises: ValueError on unequal shapes, no pairs, a log-probability that is not finite, beta ≤ 0,
-        an unknown variant, a label smoothing outside [0, 1] or with another variant than "sigmoid".
+    Raises: ValueError on other or unequal shapes (log-probabilities that are not summed, say), no
+        pairs, a log-probability that is not finite, beta ≤ 0, an unknown variant, a label smoothing
+        outside [0, 1] or with another variant than "sigmoid".
     Source: Rafailov et al. 2023, "Direct Preference Optimization", equation 7; "ipo": Azar et al.
         2023, "A General Theoretical Paradigm to Understand Learning from Human Preferences",
         equation 17; "hinge": Zhao et al. 2023, "SLiC-HF"; label smoothing: Mitchell 2023, "A note
         on DPO with noisy preferences".
     """
     reference = {
-        "ref_chosen_log_probs": ref_chosen_log_probs.detach(),
-        "ref_rejected_log_probs": ref_rejected_log_probs.detach(),
+        "ref_chosen_log_probs": ref_chosen_log_probs,
+        "ref_rejected_log_probs": ref_rejected_log_probs,
     }
     _check_pairs(chosen_log_probs, rejected_log_probs, **reference)
+    chosen_log_probs, rejected_log_probs = as_float(chosen_log_probs), as_float(rejected_log_probs)
+    ref_chosen, ref_rejected = (as_float(each).detach() for each in reference.values())
     in_range(beta, "beta", 0.0, open_low=True)
     one_of(variant, DPO_VARIANTS, "variant")
     smoothing = _label(label_smoothing, "label_smoothing", chosen_log_probs)
     if variant != "sigmoid" and smoothing.any():
         raise ValueError(f'label_smoothing works with variant="sigmoid" only, not {variant!r}')
-    chosen = beta * (chosen_log_probs - reference["ref_chosen_log_probs"])
-    rejected = beta * (rejected_log_probs - reference["ref_rejected_log_probs"])
+    chosen = beta * (chosen_log_probs - ref_chosen)
+    rejected = beta * (rejected_log_probs - ref_rejected)
     difference = chosen - rejected
     if variant == "sigmoid":
         in_range(smoothing.min().item(), "label_smoothing", 0.0, 1.0)
@@ -447,24 +504,30 @@ def simpo_loss(
         beta: β > 0.
         gamma: γ, the margin, in units of the score (not of β, as in some code).
     Returns: a scalar, nats a pair.
-    Raises: ValueError on unequal shapes, no pairs, a log-probability that is not finite, a length
-        below 1, beta ≤ 0.
+    Raises: ValueError on other or unequal shapes, no pairs, a log-probability that is not finite, a
+        length below 1, beta ≤ 0, a gamma that is not finite.
     Source: Meng et al. 2024, "SimPO: Simple Preference Optimization with a Reference-Free Reward",
         equation 6.
     """
     lengths = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
     _check_pairs(chosen_log_probs, rejected_log_probs, **lengths)
     in_range(beta, "beta", 0.0, open_low=True)
+    in_range(gamma, "gamma", -math.inf)
     for name, values in lengths.items():
-        in_range(values.min().item(), name, 1)
-    chosen = beta * chosen_log_probs / chosen_lengths
-    rejected = beta * rejected_log_probs / rejected_lengths
+        in_range(values.min().item(), name, 1.0)
+    chosen = beta * as_float(chosen_log_probs) / chosen_lengths
+    rejected = beta * as_float(rejected_log_probs) / rejected_lengths
     return bradley_terry_loss(chosen, rejected, margin=gamma)
 
 
 def _check_pairs(chosen_log_probs: Tensor, rejected_log_probs: Tensor, **others: Tensor) -> None:
     log_probs = {"chosen_log_probs": chosen_log_probs, "rejected_log_probs": rejected_log_probs}
     same_shape(**log_probs, **others)
+    if chosen_log_probs.dim() != 1:
+        raise ValueError(
+            f"chosen_log_probs has shape {tuple(chosen_log_probs.shape)}; pass [N], summed over the"
+            " tokens of each response"
+        )
     _check_scores(**log_probs, **others)
 
 
@@ -477,6 +540,10 @@ def _check_scores(**scores: Tensor) -> None:
 
 def _label(value: Tensor | float, name: str, like: Tensor) -> Tensor:
     """A constant of the shape of `like`, from one such or from one number."""
+    if isinstance(value, Tensor):
+        tensors(**{name: value})
+    else:
+        in_range(value, name, -math.inf)
     value = torch.as_tensor(value, dtype=like.dtype, device=like.device).detach()
     value = value.expand_as(like) if value.dim() == 0 else value
     if value.shape != like.shape:

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -21,14 +24,21 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import cached_file
 
 from rlhf_helpers import settings
-from rlhf_helpers._forward import check_groups, completion_states
-from rlhf_helpers._validate import in_range, same_shape
+from rlhf_helpers._forward import (
+    check_groups,
+    checked_mask,
+    completion_states,
+    language_model,
+)
+from rlhf_helpers._validate import same_shape
 
 TINY = settings.TINY
 # Names that model families give to the projections of the attention to query, key and value.
@@ -48,7 +58,8 @@ def load(
     (unk, bos), else the end-of-sequence token. The last is GPT-2's case and harmless here, since
     masks are made from lengths. Model and tokenizer objects are changed in place.
 
-    Only safetensors weights are read (a pickle file can run code), and never code from the hub.
+    Only safetensors weights are read (a pickle file can run code), and never code from the hub. A
+    model is read whole or not at all: no weight is left at random, none in the file is dropped.
 
     Args:
         source: a name on the hub, the path of a folder, or a model that is already loaded.
@@ -56,13 +67,16 @@ def load(
         device: where the model goes.
         dtype: of the weights; None means float32, or unchanged for a model that is already loaded.
     Returns: (model, tokenizer).
-    Raises: OSError if the model or its tokenizer is not there, or has no safetensors weights;
-        ValueError if no tokenizer can be found for a loaded model, if it has no special token, or
-        if the model needs code of its own.
+    Raises: OSError if the model or its tokenizer is not there, cannot be read, or has no
+        safetensors weights; ValueError if the file lacks weights of the model, has others, or has
+        some that are not finite, if no tokenizer can be found for a loaded model, if it has no
+        special token or more words than the model, if the model needs code of its own, or if there
+        is no such device.
     """
+    _check_device(device)
     if isinstance(source, str | os.PathLike):
         tokenizer = source if tokenizer is None else tokenizer
-        model = _from_pretrained(source, dtype or torch.float32)
+        model = from_files(AutoModelForCausalLM, source, dtype or torch.float32)
     else:
         model = source if dtype is None else source.to(dtype)
         tokenizer = model.config.name_or_path if tokenizer is None else tokenizer
@@ -74,35 +88,175 @@ def load(
     return model.to(device).eval(), tokenizer
 
 
-def _from_pretrained(source: str | os.PathLike, dtype: torch.dtype) -> PreTrainedModel:
+def _check_device(device: str | torch.device) -> None:
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except OSError as error:
-        raise OSError(no_such("model", source)) from error
+        torch.empty(0, device=device)
+    except Exception as error:
+        raise ValueError(f"device={str(device)!r} is not here: {_reason(error)}") from error
+
+
+def from_files(
+    kind: Any, source: str | os.PathLike, dtype: torch.dtype, what: str = "model"
+) -> PreTrainedModel:
+    """A model from the hub or a folder, whole: what is in the files, all of it and nothing else.
+
+    Args:
+        kind: the library's class that chooses the class, e.g. AutoModelForCausalLM.
+        source: a name on the hub, or the path of a folder.
+        dtype: of the weights.
+        what: what to call it where there is none.
+    Raises: as `load`.
+    """
+    config = load_config(source, what)
+    _check_files(source, config)
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        model, report = kind.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
         )
     except OSError as error:
         raise OSError(
             f"{str(source)!r} has no safetensors weights here; pickle files are not loaded.\n"
             "Connect to the hub once, or save the model again with save_pretrained."
         ) from error
+    except Exception as error:
+        raise _unreadable(what, source, error) from error
+    _check_whole(source, model, report)
+    return model
+
+
+def load_config(source: str | os.PathLike, what: str = "model") -> PretrainedConfig:
+    """The configuration of a model on the hub or in a folder.
+
+    Raises: OSError, with what to do, if there is none, or it cannot be read; ValueError if it needs
+        code of its own.
+    """
+    return _read(what, source, lambda: AutoConfig.from_pretrained(source, trust_remote_code=False))
 
 
 def load_tokenizer(source: str | os.PathLike) -> PreTrainedTokenizerBase:
     """The tokenizer of a name on the hub or a folder, as it is stored.
 
-    Raises: OSError, with what to do, if there is none.
+    Raises: OSError, with what to do, if there is none, or it cannot be read.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except OSError as error:
-        raise OSError(no_such("tokenizer", source)) from error
+    tokenizer = _read(
+        "tokenizer",
+        source,
+        lambda: AutoTokenizer.from_pretrained(source, trust_remote_code=False),
+    )
     # from a folder without a tokenizer's files comes one without words
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise OSError(no_such("tokenizer", source))
     return tokenizer
+
+
+def _read(what: str, source: str | os.PathLike, read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except OSError as error:
+        if os.path.exists(source):
+            raise _unreadable(what, source, error) from error
+        raise OSError(no_such(what, source)) from error
+    except Exception as error:
+        raise _unreadable(what, source, error) from error
+
+
+def _unreadable(what: str, source: str | os.PathLike, error: Exception) -> Exception:
+    if "trust_remote_code" in str(error):
+        return ValueError(f"{what} {str(source)!r} needs code of its own, never run here: {error}")
+    if os.path.isfile(source):
+        return OSError(f"{str(source)!r} is a file; pass the folder of a saved {what}")
+    return OSError(
+        f"the {what} in {str(source)!r} cannot be read: {_reason(error)}\n"
+        "A file in it is missing, damaged or of another kind; save or download it again."
+    )
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
+
+
+def _check_files(source: str | os.PathLike, config: PretrainedConfig) -> None:
+    """Refuse a model whose files name other weights than safetensors in its own folder.
+
+    Raises: OSError that names the folder and the file.
+    """
+    quiet = {
+        "_raise_exceptions_for_gated_repo": False,
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+    }
+    if os.path.isfile(os.path.join(source, "adapter_config.json")):
+        raise OSError(
+            f"{str(source)!r} holds an adapter; load its base model, then read the adapter with "
+            "PeftModel.from_pretrained(model, folder)"
+        )
+    chosen = getattr(config, "transformers_weights", None)
+    named = [] if chosen is None else [chosen]
+    index = "model.safetensors.index.json" if chosen is None else chosen
+    if str(index).endswith(".index.json") and "/" not in index and "\\" not in index:
+        named = []
+        path = cached_file(source, index, **quiet)
+        if path is not None:
+            named = _named_by(Path(path), source)
+    for name in named:
+        if not _is_weights(name):
+            raise OSError(
+                f"{str(source)!r} names {name!r} as a file of weights; only safetensors files in "
+                "the model's own folder are read"
+            )
+
+
+def _named_by(index: Path, source: str | os.PathLike) -> list[Any]:
+    """The files that an index names; one that is a link out of the folder is named by its aim."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except Exception as error:
+        raise _unreadable("model", source, error) from error
+    # the hub's cache keeps its files beside its folders, and links to them
+    homes = {index.parent.resolve(), (index.parent.parent.parent / "blobs").resolve()}
+    paths = [index.parent / name if _is_weights(name) else None for name in names]
+    return [
+        name if path is None or path.resolve().parent in homes else str(path.resolve().parent)
+        for name, path in zip(names, paths, strict=True)
+    ]
+
+
+def _is_weights(name: Any) -> bool:
+    return isinstance(name, str) and name.endswith(".safetensors") and not set(name) & set("/\\:")
+
+
+def _check_whole(source: str | os.PathLike, model: PreTrainedModel, report: dict) -> None:
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    buffers = [name for name, _ in model.named_buffers()]
+    missing = sorted(set(report["missing_keys"]) & set(parameters))
+    # old files hold buffers that are made anew today
+    extra = sorted(
+        key
+        for key in report["unexpected_keys"]
+        if not any(name == key or name.endswith(f".{key}") for name in buffers)
+    )
+    other = sorted(each[0] for each in report["mismatched_keys"])
+    broken = [name for name, each in parameters.items() if not each.isfinite().all()]
+    kind = type(model).__name__
+    for names, what in (
+        (missing, f"has no trained weights for {{}} of a {kind}"),
+        (extra, f"has weights that a {kind} has no place for: {{}}"),
+        (other, f"has weights of another shape than a {kind} of its config.json: {{}}"),
+        (broken, "has weights that are not finite: {}"),
+    ):
+        if names:
+            listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+            raise ValueError(
+                f"{str(source)!r} {what.format(listed)}; load it with the class that it was saved "
+                "from, or save it again"
+            )
 
 
 def no_such(what: str, name: str | os.PathLike) -> str:
@@ -114,7 +268,8 @@ def no_such(what: str, name: str | os.PathLike) -> str:
 
 
 def _make_safe(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    rows = model.get_input_embeddings().num_embeddings
+    rows = len(model.get_input_embeddings().weight)
+    _check_words(tokenizer, rows)
     eos = tokenizer.eos_token
     # a token that was added to the tokenizer alone has no row in the model's embedding
     safe = [
@@ -128,8 +283,33 @@ def _make_safe(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> No
     tokenizer.padding_side = "left"
     tokenizer.pad_token = pad
     model.config.pad_token_id = tokenizer.pad_token_id
-    if model.generation_config is not None:
+    if getattr(model, "generation_config", None) is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+def _check_words(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {token.content for token in added.values() if token.special}
+    words = {
+        token: index
+        for token, index in tokenizer.get_vocab().items()
+        if index >= rows and token not in special
+    }
+    if words:
+        token = min(words, key=words.get)
+        raise ValueError(
+            f"tokenizer: {len(words)} of its words, from {token!r} = {words[token]} on, have no "
+            f"row in the model's embedding of {rows}; pass the tokenizer that belongs to the "
+            "model, or call model.resize_token_embeddings"
+        )
+
+
+class Cut(str):
+    """A text that was cut before it ended: what makes tokens of it puts no end behind it.
+
+    Any other text counts as ended. What is made of a cut text by slicing, stripping or adding is a
+    plain text again.
+    """
 
 
 def encode_prompts(
@@ -139,29 +319,22 @@ def encode_prompts(
 ) -> tuple[Tensor, Tensor]:
     """Tokens of a batch of prompts, padded on the left so that completions start in one column.
 
-    No special token is added, whatever the tokenizer's habit. An empty prompt becomes one
-    beginning-of-sequence token (end-of-sequence if there is no other), since a model needs
-    something to continue.
+    No special token is added, whatever the tokenizer's habit, and none is made of a prompt that
+    spells one. An empty prompt becomes one beginning-of-sequence token (end-of-sequence if there is
+    no other), since a model needs something to continue.
 
     Args:
         tokenizer: as `load` returns it.
         prompts: B texts.
         device: where the tensors go.
     Returns: (tokens [B, P], mask [B, P]), int64; mask 1 on the prompt, by its length.
-    Raises: ValueError on no prompts, one text in place of a list, or an empty prompt without a
-        token to stand for it, naming its index.
+    Raises: ValueError on no prompts, one text in place of a list, an entry that is no text or
+        becomes a special token, or an empty prompt without a token to stand for it, naming its
+        index.
     """
     if isinstance(prompts, str) or len(prompts) == 0:
         raise ValueError("prompts must be a list of at least one text")
-    rows = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
-    start = tokenizer.bos_token_id
-    if start is None:
-        start = tokenizer.eos_token_id
-    for i, row in enumerate(rows):
-        if not row:
-            if start is None:
-                raise ValueError(f"prompts[{i}] is empty and the tokenizer has no bos or eos token")
-            row.append(start)
+    rows = prompt_ids(tokenizer, prompts)
     width = max(map(len, rows))
     tokens = torch.full((len(rows), width), tokenizer.pad_token_id)
     mask = torch.zeros_like(tokens)
@@ -171,25 +344,177 @@ def encode_prompts(
     return tokens.to(device), mask.to(device)
 
 
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], name: str = "prompts"
+) -> list[list[int]]:
+    """Tokens of each prompt, by the rules of `encode_prompts`.
+
+    Raises: ValueError as there; `name` is what its messages call the list.
+    """
+    rows = _text_ids(tokenizer, prompts, name)
+    start = tokenizer.bos_token_id
+    if start is None:
+        start = tokenizer.eos_token_id
+    for i, row in enumerate(rows):
+        if not row:
+            if start is None:
+                raise ValueError(f"{name}[{i}] is empty and the tokenizer has no bos or eos token")
+            row.append(start)
+    return rows
+
+
+def response_ids(
+    tokenizer: PreTrainedTokenizerBase, responses: Sequence[str], name: str = "responses"
+) -> list[list[int]]:
+    """Tokens of responses as they stand behind a prompt, with one end-of-text token where a text
+    has ended.
+
+    Each is tokenised by itself: together with its prompt, letters on both sides of the border could
+    merge into one token, and the prompt would no longer be the prompt that is sampled from. A space
+    that the tokenizer puts in front of every text is taken away again.
+
+    Args:
+        tokenizer: with an end-of-text token.
+        responses: N texts; a `Cut` one gets no end. One that spells the end itself, as in many
+            public sets, gets one and not two.
+        name: what messages call the list.
+    Returns: N lists; that of an empty `Cut` is empty.
+    Raises: ValueError on a tokenizer without an end-of-text token, an entry that is no text or
+        becomes another special token, or a tokenizer whose added space cannot be told from the
+        text, naming the index.
+    """
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise ValueError("tokenizer has no end-of-text token, so a response could never end")
+    if isinstance(responses, str):
+        raise ValueError(f"{name} is one text; put it into a list")
+    texts = [text if isinstance(text, Cut) else _without_end(tokenizer, text) for text in responses]
+    found = _text_ids(tokenizer, texts, name)
+    for i, (ids, text) in enumerate(zip(found, texts, strict=True)):
+        if _has_spaces_of_its_own(tokenizer, ids, text):
+            found[i] = _ids_behind(tokenizer, text, f"{name}[{i}]")
+    pairs = zip(found, responses, strict=True)
+    return [ids if isinstance(text, Cut) else [*ids, end] for ids, text in pairs]
+
+
 def decode(tokenizer: PreTrainedTokenizerBase, tokens: Tensor, mask: Tensor) -> list[str]:
-    """Texts of the tokens that count, without special tokens.
+    """Texts of the tokens that count. A text ends at the first token that is special, such as the
+    end, or that the tokenizer has no word for: what comes behind it is no part of the text.
 
     Args:
         tokenizer: as `load` returns it.
         tokens: [N, C], e.g. completions.
         mask: [N, C]; 1 or True counts.
-    Returns: N texts, exactly as the tokens spell them: spaces before punctuation stay.
+    Returns: N texts, exactly as the tokens spell them behind a prompt: spaces in front and before
+        punctuation stay.
     Raises: ValueError on unequal shapes.
     """
     same_shape(tokens=tokens, mask=mask)
-    return [
-        tokenizer.decode(
-            row[counts.bool()].tolist(),
-            skip_special_tokens=True,
-            clean_up_tokenization_spaces=False,
-        )
-        for row, counts in zip(tokens, mask, strict=True)
-    ]
+    special = _special_ids(tokenizer)
+    rows = (row[counts.bool()].tolist() for row, counts in zip(tokens, mask, strict=True))
+    return [_spelt_behind(tokenizer, _up_to_end(tokenizer, ids, special)) for ids in rows]
+
+
+# --- between text and tokens ---------------------------------------------------------------------
+
+# how vocabularies write the space in front of a word
+_SPACES = ("▁", "Ġ")
+# texts that stand in front of a response while it is tokenised, so that no space is put there
+_ANCHORS = ("\n", ".", ":", "a", "e", "0", "1")
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    # a tokenizer of one's own need not know more than its end
+    special = set(getattr(tokenizer, "all_special_ids", [tokenizer.eos_token_id]))
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return special | {index for index, token in added.items() if token.special}
+
+
+def _text_ids(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], name: str
+) -> list[list[int]]:
+    """Tokens of each text alone; what spells a special token stays letters."""
+    if not texts:
+        return []
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"{name}[{i}] is a {type(text).__name__}; pass a text")
+    # tokenizers take a plain text faster and without a doubt
+    plain = [str(text) for text in texts]
+    rows = tokenizer(plain, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    # an unknown letter may be read as such, unless that is the end too
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    forbidden = (_special_ids(tokenizer) - {unknown}) | {tokenizer.eos_token_id}
+    for i, row in enumerate(rows):
+        if not forbidden.isdisjoint(row):
+            found = next(index for index in row if index in forbidden)
+            token = tokenizer.convert_ids_to_tokens(found)
+            raise ValueError(
+                f"{name}[{i}] holds what this tokenizer reads as its special token {token!r}; take"
+                " it out of the text"
+            )
+    return rows
+
+
+def _without_end(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    end = getattr(tokenizer, "eos_token", None)
+    while isinstance(text, str) and end and text.rstrip().endswith(end):
+        text = text.rstrip().removesuffix(end)
+    return text
+
+
+def _has_spaces_of_its_own(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str) -> bool:
+    """Whether the tokens of a text begin with more or fewer spaces than the text, in a vocabulary
+    that marks them."""
+    if not ids or not hasattr(tokenizer, "convert_ids_to_tokens"):
+        return False
+    if not tokenizer.convert_ids_to_tokens(ids[:1])[0].startswith(_SPACES):
+        return False
+    return _spaces_in_front(_spelt_behind(tokenizer, ids)) != _spaces_in_front(text)
+
+
+def _spaces_in_front(text: str) -> int:
+    return len(text) - len(text.lstrip(" "))
+
+
+def _ids_behind(tokenizer: PreTrainedTokenizerBase, text: str, where: str) -> list[int]:
+    """Tokens of a text as it stands behind another, from a tokenizer that would begin it with a
+    space: something is put in front, and its tokens are taken away."""
+    for anchor in _ANCHORS:
+        alone, both = _text_ids(tokenizer, [anchor, anchor + text], where)
+        found = both[len(alone) :]
+        if tokenizer.unk_token_id in alone or both[: len(alone)] != alone:
+            continue
+        if not _has_spaces_of_its_own(tokenizer, found, text):
+            return found
+    raise ValueError(
+        f"{where}: this tokenizer puts a space in front of a text, which cannot be told from the"
+        " text here; take a tokenizer of bytes, or leave the text out"
+    )
+
+
+def _up_to_end(tokenizer: PreTrainedTokenizerBase, ids: list[int], special: set[int]) -> list[int]:
+    words = ids
+    if hasattr(tokenizer, "convert_ids_to_tokens"):
+        words = tokenizer.convert_ids_to_tokens(ids)
+    pairs = enumerate(zip(ids, words, strict=True))
+    end = next((i for i, (one, word) in pairs if one in special or word is None), len(ids))
+    return ids[:end]
+
+
+def _spelt_behind(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """What tokens spell behind others. Alone, some decoders drop the space of the first word, and
+    it belongs to the text; so a word is put in front, and taken away."""
+    front = []
+    if ids and hasattr(tokenizer, "convert_ids_to_tokens"):
+        # only in a vocabulary that marks where words begin or end: in others no token has a space
+        names = tokenizer.convert_ids_to_tokens(ids)
+        ends = ([one] for one, name in zip(ids, names, strict=True) if name.endswith("</w>"))
+        front = ids[:1] if names[0].startswith("▁") else next(ends, [])
+    # no special token is among the ids, so none is shown
+    plain = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    begin = tokenizer.decode(front, **plain) if front else ""
+    return tokenizer.decode([*front, *ids], **plain)[len(begin) :]
 
 
 def lora_policy(
@@ -247,8 +572,10 @@ def reference(policy: nn.Module) -> Callable[[], AbstractContextManager[nn.Modul
     of the reference are needed, write `with frozen() as model:` and score with `model`.
 
     For a plain model the reference is a frozen copy. A policy from `lora_policy` needs none: with
-    its adapter switched off it is the model that it started from. Inside the block the model is in
-    eval mode and records no gradients; the policy's own mode is restored afterwards.
+    its adapter switched off it is the model that it started from. If anything is trained beside
+    the adapter (biases, an unfrozen layer), switching off would not bring that back, so it is a
+    copy again. Inside the block the model is in eval mode and records no gradients; the policy's
+    own mode is restored afterwards.
 
     Args:
         policy: the model that will be trained, before its first update.
@@ -257,7 +584,8 @@ def reference(policy: nn.Module) -> Callable[[], AbstractContextManager[nn.Modul
         give the base model and not the policy that this run starts from.
     Source: Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences", section 2.
     """
-    if not isinstance(policy, PeftModel):
+    moving = [name for name, p in policy.named_parameters() if p.requires_grad]
+    if not isinstance(policy, PeftModel) or not all(map(_of_adapter, moving)):
         frozen = copy.deepcopy(policy).eval().requires_grad_(False)
         return lambda: _no_gradients(frozen)
     if not _adapter_is_no_op(policy):
@@ -271,15 +599,29 @@ def reference(policy: nn.Module) -> Callable[[], AbstractContextManager[nn.Modul
 
 
 def weights_digest(policy: nn.Module) -> str:
-    """16 letters that tell one reference from another: of all weights of a plain model, of those
-    under the adapter for a policy from `lora_policy`."""
-    frozen = isinstance(policy, PeftModel)
+    """16 letters that tell one reference from another: of all weights that change what the model
+    says. Those of an adapter that is fresh or switched off do not."""
+    idle = adapter_is_idle(policy)
     found = hashlib.sha256()
     for name, parameter in policy.named_parameters():
-        if not (frozen and parameter.requires_grad):
+        if not (idle and _of_adapter(name)):
             found.update(name.encode())
-            found.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+            flat = parameter.detach().cpu().contiguous().view(-1)
+            found.update(flat.view(torch.uint8).numpy())
     return found.hexdigest()[:16]
+
+
+def adapter_is_idle(policy: nn.Module) -> bool:
+    """Whether the policy says what it would say without its adapter: it is fresh or off."""
+    layers = [module for module in policy.modules() if isinstance(module, BaseTunerLayer)]
+    off = bool(layers) and all(layer.disable_adapters for layer in layers)
+    return off or (isinstance(policy, PeftModel) and _adapter_is_no_op(policy))
+
+
+def _of_adapter(name: str) -> bool:
+    """Whether a parameter of this name belongs to an adapter, so that it is off when that is."""
+    prefixes = ("lora_", "modules_to_save", "trainable_tokens_")
+    return any(part.startswith(prefixes) for part in name.split("."))
 
 
 def _adapter_is_no_op(policy: PeftModel) -> bool:
@@ -324,10 +666,10 @@ class ValueModel(nn.Module):
 
     def __init__(self, model: PreTrainedModel | PeftModel, share_trunk: bool = False) -> None:
         super().__init__()
-        language_model = model.get_base_model() if isinstance(model, PeftModel) else model
-        trunk = language_model.base_model
+        base = language_model(model)
+        trunk = base.base_model
         self.trunk = trunk if share_trunk else copy.deepcopy(trunk)
-        rows = language_model.get_output_embeddings().weight
+        rows = base.get_output_embeddings().weight
         self.head = nn.Linear(rows.shape[1], 1, device=rows.device, dtype=rows.dtype)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -348,12 +690,9 @@ class ValueModel(nn.Module):
             completion_length: C; 1 ≤ C < P + C.
             samples_per_prompt: as in `completion_log_probs`.
         Returns: [N, C]; at t the value before completion token t; 0 where the mask is 0.
-        Raises: ValueError on unequal shapes, a completion_length outside its range, or rows of a
-            group with unequal prompts.
+        Raises: ValueError as `completion_log_probs`.
         """
-        same_shape(tokens=tokens, attention_mask=attention_mask)
-        in_range(completion_length, "completion_length", 1, tokens.shape[1] - 1)
-        mask = attention_mask.long()
+        mask = checked_mask(self.trunk, tokens, attention_mask, completion_length)
         check_groups(tokens, mask, completion_length, samples_per_prompt)
         # the state before token t has seen tokens up to t − 1, so the last token is not needed
         hidden = completion_states(self.trunk, tokens, mask, completion_length, samples_per_prompt)

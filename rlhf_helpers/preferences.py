@@ -28,20 +28,25 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_helpers._validate import finite, in_range, one_of
-from rlhf_helpers.losses import bradley_terry_loss
+from rlhf_helpers import rewards
+from rlhf_helpers._validate import finite, in_range, one_of, pair_problem, visible
+from rlhf_helpers.models import Cut, response_ids
 from rlhf_helpers.rollout import write
 
 TEXTS = ("prompt", "chosen", "rejected")
+_LABELS = (*TEXTS, "tie", "strength", "annotator")
+_ENDED = {"chosen": "chosen_ended", "rejected": "rejected_ended"}  # False for one that was cut
 FEATURES = Features(
     {name: Value("string") for name in TEXTS}
     | {"tie": Value("bool"), "strength": Value("float64"), "annotator": Value("string")}
+    | {name: Value("bool") for name in _ENDED.values()}
 )
 LEVELS = ("nominal", "ordinal", "interval", "ratio")
 _SHOWN = 20  # bad rows that an error lists
 _RESAMPLES = 1000
+_NEWTON_STEPS = 10_000
 
-# A reward function: (prompts, responses) to as many numbers.
+# A reward function: (prompts, completions) to as many numbers, called as `rewards.call` says.
 Utility = Callable[[list[str], list[str]], Sequence[float]]
 
 # --- pairs ---------------------------------------------------------------------------------------
@@ -52,12 +57,14 @@ def from_rows(rows: Iterable[Mapping]) -> Dataset:
 
     Args:
         rows: each with prompt, chosen and rejected (text; only the prompt may be empty), and
-            possibly tie (bool), strength (number ≥ 0) and annotator (text); None counts as
-            missing.
-    Returns: the columns prompt, chosen, rejected, and those of tie, strength and annotator that
-        any row names, with None where a row does not.
+            possibly tie (bool), strength (number ≥ 0), annotator (text), and chosen_ended and
+            rejected_ended (bool; False for a response that was cut, as for a `models.Cut`); None
+            counts as missing.
+    Returns: the columns prompt, chosen, rejected, and the others that any row names, with None
+        where a row does not.
     Raises: ValueError on no rows, or one that lists the bad rows: a missing or unknown field, a
-        wrong type, an empty response, two equal responses.
+        wrong type, an empty response, two equal responses. Spaces and line ends at the ends of a
+        response, and letters that cannot be seen, count for nothing.
     """
     rows = list(rows)
     if not rows:
@@ -132,12 +139,17 @@ def write_jsonl(pairs: Iterable[Mapping], path: str | os.PathLike) -> None:
 
 
 def _dataset(rows: list[Mapping]) -> Dataset:
+    rows = [{**_cut_marks(row), **row} for row in rows]
     named = {name for row in rows for name in row}
     features = Features({k: v for k, v in FEATURES.items() if k in TEXTS or k in named})
     columns = {name: [row.get(name) for row in rows] for name in features}
     if "strength" in columns:
         columns["strength"] = [None if s is None else float(s) for s in columns["strength"]]
     return Dataset.from_dict(columns, features=features)
+
+
+def _cut_marks(row: Mapping) -> dict[str, bool]:
+    return {mark: False for side, mark in _ENDED.items() if isinstance(row[side], Cut)}
 
 
 def _refuse(what: str, problems: list[str]) -> None:
@@ -194,12 +206,13 @@ def _problem(row: object) -> str | None:
         # the file can spell half a character, which no UTF-8 can hold
         if value is not None and value.encode("utf-8", "replace").decode() != value:
             return f"{name} is not valid Unicode"
-        if value is not None and name != "prompt" and not value.strip():
+        if value is not None and name != "prompt" and not visible(value):
             return f"{name} is empty"
-    if row["chosen"] == row["rejected"]:
+    if pair_problem(row["chosen"], row["rejected"]):
         return "chosen equals rejected"
-    if not isinstance(row.get("tie"), bool | np.bool_ | None):
-        return f"tie is a {type(row['tie']).__name__}, not true or false"
+    for name in ("tie", *_ENDED.values()):
+        if not isinstance(row.get(name), bool | np.bool_ | None):
+            return f"{name} is a {type(row[name]).__name__}, not true or false"
     return _strength_problem(row.get("strength"))
 
 
@@ -227,8 +240,9 @@ def sample_pairs(
         prompts: texts.
         max_new_tokens: the longest response.
         generator: of the sampling.
-    Returns: (prompts, first, second), without the prompts whose two responses are equal or of which
-        one is empty, since nobody can compare those.
+    Returns: (prompts, first, second), without the prompts whose two responses are equal, as text or
+        as tokens, or of which one is empty, since nobody can compare those. One that was cut is a
+        `models.Cut`.
     Raises: ValueError as `rollout.write`, or if no pair is left.
     """
     texts = write(
@@ -239,8 +253,9 @@ def sample_pairs(
         samples_per_prompt=2,
         generator=generator,
     )
-    rows = zip(prompts, texts[::2], texts[1::2], strict=True)
-    kept = [(p, a, b) for p, a, b in rows if a != b and a.strip() and b.strip()]
+    ids = response_ids(tokenizer, [str(text) for text in texts])
+    rows = zip(prompts, texts[::2], texts[1::2], ids[::2], ids[1::2], strict=True)
+    kept = [(p, a, b) for p, a, b, x, y in rows if x != y and pair_problem(a, b) is None]
     if not kept:
         raise ValueError("policy gave two equal responses, or an empty one, to each of the prompts")
     first, second, third = map(list, zip(*kept, strict=True))
@@ -315,9 +330,10 @@ def annotate(
     Args:
         prompts: N texts.
         first: N responses, shown first.
-        second: N responses to the same prompts, each different from the first.
+        second: N responses to the same prompts, each different from the first, as in
+            `from_rows`.
         utility: true utilities of responses: (prompts, responses) to as many numbers; any reward
-            function will do.
+            function will do, and its parameters prompts and completions may stand in any order.
         annotators: A of them, with different names.
         seed: of the labels.
     Returns: Annotations(pairs, preferences). In a tie the response shown first stands as chosen.
@@ -340,7 +356,7 @@ def annotate(
             # the last digits of a logarithm differ between machines
             strength = 0.0 if tie else round(abs(total), 6)
             values = (prompt, chosen, rejected, tie, strength, annotator.name)
-            rows.append(dict(zip(FEATURES, values, strict=True)))
+            rows.append(dict(zip(_LABELS, values, strict=True)))
             labels.append(label)
         preferences.append(labels)
     return Annotations(_dataset(rows), torch.tensor(preferences, dtype=torch.float64))
@@ -427,6 +443,9 @@ def _check_pairs(
     second: Sequence[str],
     annotators: Sequence[Annotator],
 ) -> None:
+    for name, texts in (("prompts", prompts), ("first", first), ("second", second)):
+        if isinstance(texts, str):
+            raise ValueError(f"{name} is one text; pass a list of texts")
     sizes = [len(prompts), len(first), len(second)]
     if len(set(sizes)) > 1 or 0 in sizes:
         raise ValueError(
@@ -444,7 +463,10 @@ def _check_pairs(
 
 
 def _utilities(utility: Utility, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-    values = utility(list(prompts), list(responses))
+    values = rewards.call(utility, list(prompts), list(responses))
+    # a number can be read from a text of digits, one by one
+    if isinstance(values, str) or any(isinstance(value, str) for value in values):
+        raise ValueError("utility gave texts; return one number for each response")
     values = [math.nan if value is None else float(value) for value in values]
     if len(values) != len(responses):
         raise ValueError(
@@ -574,25 +596,27 @@ def fit_strengths(wins: np.ndarray | Tensor) -> Tensor:
     """
     wins = torch.as_tensor(wins, dtype=torch.float64)
     _check_wins(wins)
-    winner, loser = wins.nonzero(as_tuple=True)
-    strengths = torch.zeros(len(wins), dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [strengths],
-        max_iter=5000,
-        max_eval=10_000,
-        tolerance_grad=1e-10,
-        tolerance_change=0.0,
-        line_search_fn="strong_wolfe",
-    )
+    strengths = torch.zeros(len(wins), dtype=torch.float64)
+    for _ in range(_NEWTON_STEPS):
+        step = _newton_step(wins, strengths)
+        # within one unit the curvature is known well enough that each step is one down
+        strengths = strengths + step / max(1.0, (step.max() - step.min()).item())
+        if step.abs().max() < 1e-10:
+            break
+    return strengths - strengths.mean()
 
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = bradley_terry_loss(strengths[winner], strengths[loser], weight=wins[winner, loser])
-        value.backward()
-        return value
 
-    optimizer.step(loss)
-    return (strengths - strengths.mean()).detach()
+def _newton_step(wins: Tensor, strengths: Tensor) -> Tensor:
+    """Newton's step of the negative log-likelihood, with the first item where it is. Its size is
+    what is still wrong with the strengths, however lopsided the counts."""
+    loses = torch.sigmoid(strengths - strengths[:, None])  # P(i loses to j)
+    surprise = wins * loses
+    gradient = surprise.sum(0) - surprise.sum(1)
+    curvature = (wins + wins.T) * loses * loses.T
+    hessian = torch.diag(curvature.sum(1)) - curvature
+    step = torch.zeros_like(strengths)
+    step[1:] = -torch.linalg.solve(hessian[1:, 1:], gradient[1:])
+    return step
 
 
 def _check_wins(wins: Tensor) -> None:

@@ -1,26 +1,28 @@
 """Reward functions for texts: counts, word lists and rules, and a trained classifier.
 
-All take `(prompts, completions, **columns)` and give one number for each completion, as TRL's
-trainers ask for; `columns` are what else a data set holds, and go unused here. They score the
-completion alone, so a prompt full of praise earns nothing. Each can be cheated, and most easily:
-none knows what a good text is.
+All take `(prompts, completions, **columns)` and give one number for each completion; they are
+called by these names, as TRL's trainers do, so the order is free. `columns` are what else a data
+set holds, and go unused here. They score the completion alone, so a prompt full of praise earns
+nothing. Each can be cheated, and most easily: none knows what a good text is.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
-from numbers import Real
+from numbers import Rational, Real
 from reprlib import repr as shortened
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from rlhf_helpers._forward import context_of
 from rlhf_helpers._validate import in_range
 from rlhf_helpers.settings import Settings
 from rlhf_helpers.worlds import reviews
@@ -52,6 +54,7 @@ NEGATIONS = _set(
 NEGATION_REACH = 3  # words after a negation
 REPEATED_WORDS = 3  # length of the word sequences that should not come again
 TARGET_WORDS = 20
+VADER_READS = 10_000  # letters; its time grows with the square of their number
 COMPOSITE = {"length": 0.25, "relevance": 0.5, "formatted": 0.25}
 
 _STOP_WORDS = _set(
@@ -70,7 +73,7 @@ _SHOWN = 60  # characters of a completion that an error shows
 
 
 def score(
-    reward: Reward, prompts: Sequence[str], completions: Sequence[str], **columns: Any
+    reward: Reward, prompts: Sequence[str], completions: Sequence[str], /, **columns: Any
 ) -> Tensor:
     """What a reward function says about each completion, refused if it is not one number each.
 
@@ -78,14 +81,14 @@ def score(
     steps later the policy is NaN, or has learned from its neighbour's reward.
 
     Args:
-        reward: a reward function.
-        prompts: N texts.
+        reward: a reward function, called as `call` says.
+        prompts: N texts; like the completions a list, a tuple, an array or a Series.
         completions: N texts.
         columns: passed on to the reward function.
     Returns: [N], float64.
-    Raises: ValueError on one text in place of a list, lists of unequal length, or if the function
-        returns anything but N finite numbers; it names the function and, where one number is
-        wrong, its index and completion.
+    Raises: ValueError on one text in place of a list or a column, lists of unequal length, a column
+        named prompts or completions, or if the function returns anything but N finite numbers; it
+        names the function and, where one number is wrong, its index and completion.
     """
     if isinstance(prompts, str) or isinstance(completions, str):
         raise ValueError("prompts and completions must be lists of texts; put one text into a list")
@@ -94,8 +97,9 @@ def score(
             f"prompts has {len(prompts)} texts and completions {len(completions)}; pass one prompt "
             "for each completion"
         )
+    check_columns(columns)
     name = getattr(reward, "__name__", type(reward).__name__)
-    values = _plain(reward(list(prompts), list(completions), **columns))
+    values = plain(call(reward, list(prompts), list(completions), **columns))
     if not isinstance(values, list | tuple):
         raise ValueError(
             f"{name} returned {shortened(values)}; return a list with one number for each"
@@ -106,20 +110,80 @@ def score(
             f"{name} returned {len(values)} numbers for {len(completions)} completions; "
             "return one for each, in their order"
         )
-    values = [_plain(value) for value in values]
-    for i, (value, completion) in enumerate(zip(values, completions, strict=True)):
-        if not isinstance(value, Real) or not math.isfinite(value):
-            start = completion if len(completion) <= _SHOWN else f"{completion[:_SHOWN]}…"
+    found = [_finite(plain(value)) for value in values]
+    if None in found:
+        i = found.index(None)
+        completion = str(list(completions)[i])
+        start = completion if len(completion) <= _SHOWN else f"{completion[:_SHOWN]}…"
+        raise ValueError(
+            f"{name} returned {_told(plain(values[i]))} for completions[{i}], {start!r}; "
+            "return a finite number"
+        )
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def call(
+    reward: Reward, prompts: list[str], completions: list[str], /, **columns: Any
+) -> Sequence[float]:
+    """Call a reward function by name, as TRL's trainers do: `reward(prompts=…, completions=…,
+    **columns)`. Its parameters may stand in any order, and `**columns` take what it does not name.
+
+    One that calls its first two parameters something else, such as (prompts, responses), is called
+    by place, prompts first.
+
+    Returns: what it returns.
+    Raises: TypeError, from Python, on a function that cannot be called so.
+    """
+    named = {"prompts": prompts, "completions": completions, **columns}
+    try:
+        signature = inspect.signature(reward)
+    except (TypeError, ValueError):  # something built in that does not tell
+        return reward(**named)
+    first, second = [*signature.parameters, "", ""][:2]
+    try:
+        signature.bind(**named)
+    except TypeError:
+        # (completions, texts) or (texts, prompts) by place would score the prompts
+        if not (first.startswith("completion") or second.startswith("prompt")):
+            return reward(prompts, completions, **columns)
+    return reward(**named)
+
+
+def check_columns(
+    columns: Mapping[str, Any], taken: Collection[str] = ("prompts", "completions")
+) -> None:
+    """Raises: ValueError on a column with a name under which reward functions get something else,
+    or on one text in place of a column."""
+    for name, values in columns.items():
+        if name in taken:
             raise ValueError(
-                f"{name} returned {shortened(value)} for completions[{i}], {start!r}; "
-                "return a finite number"
+                f"columns[{name!r}]: reward functions get something else by this name; give the"
+                " column another"
             )
-    return torch.tensor([float(value) for value in values], dtype=torch.float64)
+        if isinstance(values, str):
+            raise ValueError(
+                f"columns[{name!r}] is a {type(values).__name__}; pass a list with one entry a"
+                " prompt"
+            )
 
 
-def _plain(value: Any) -> Any:
-    # tensors and NumPy's arrays and numbers
-    return value.tolist() if hasattr(value, "tolist") else value
+def plain(values: Any) -> Any:
+    """Tensors, and arrays, Series and numbers of NumPy and pandas, as Python's lists and numbers;
+    anything else as it is."""
+    return values.tolist() if hasattr(values, "tolist") else values
+
+
+def _finite(value: Any) -> float | None:
+    try:
+        return float(value) if isinstance(value, Real) and math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def _told(value: Any) -> str:
+    # digits of a whole number that no float can hold say nothing, and Python refuses very many
+    large = isinstance(value, Rational) and abs(value) >= 1e308
+    return "a number too large for a float" if large else shortened(value)
 
 
 # --- words ---------------------------------------------------------------------------------------
@@ -271,12 +335,13 @@ def _form(text: str) -> float:
 
 def vader(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
     """VADER's compound score of each completion, from −1 to 1: a lexicon of 7,500 words, emoticons
-    and emoji with rules for negation, emphasis and "but".
+    and emoji with rules for negation, emphasis and "but". Of a longer text the first `VADER_READS`
+    letters count.
 
     Source: Hutto and Gilbert 2014, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis
         of Social Media Text".
     """
-    return [_analyser().polarity_scores(text)["compound"] for text in completions]
+    return [_analyser().polarity_scores(text[:VADER_READS])["compound"] for text in completions]
 
 
 @cache
@@ -293,7 +358,9 @@ def classifier(
 
     Log-odds, where p is nearly 1 or 0, still tell a good text from a better one. The label is
     chosen by its name: at which place it stands differs from one model to the next, and the wrong
-    one trains for the opposite. A text longer than the model can read is cut at its end.
+    one trains for the opposite. A text longer than the model can read is cut at its end. Padding
+    stands on the right, whatever the tokenizer's habit, and whether a text then scores the same
+    beside a longer one is tried once.
 
     Only safetensors weights are read, and never code from the hub.
 
@@ -303,15 +370,16 @@ def classifier(
         device: where the model goes.
         batch_size: completions a forward pass.
     Returns: a reward function; its `__name__` is made of the model's name and the label.
-    Raises: OSError if the model or its tokenizer is not there, or has no safetensors weights;
+    Raises: OSError or ValueError as `models.load`, also on weights that no training has touched;
         ValueError if it has no such label (they are listed), labels that do not exclude each
-        other, weights that no training has touched, or code of its own.
+        other, no token to pad with, or scores that change with the padding.
     """
     in_range(batch_size, "batch_size", 1)
     model, tokenizer = _load_classifier(name)
     index = _label_index(model.config, label)
     model.to(device).eval()
     limit = _longest_input(model, tokenizer)
+    _make_paddable(model, tokenizer, limit, name)
 
     def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
         # not every tokenizer makes a token of nothing, and a model needs one
@@ -321,21 +389,72 @@ def classifier(
         found = [0.0] * len(texts)
         for begin in range(0, len(order), batch_size):
             part = order[begin : begin + batch_size]
-            batch = tokenizer(
-                [texts[i] for i in part],
-                padding=True,
-                truncation=limit is not None,
-                max_length=limit,
-                return_tensors="pt",
-            )
-            with torch.no_grad():
-                logits = model(**batch.to(device)).logits
+            logits = _logits(model, tokenizer, [texts[i] for i in part], limit)
             for i, value in zip(part, _log_odds(logits, index).tolist(), strict=True):
                 found[i] = value
         return found
 
     reward.__name__ = f"{os.path.basename(os.path.normpath(name))}_{model.config.id2label[index]}"
     return reward
+
+
+@torch.no_grad()
+def _logits(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    limit: int | None,
+    padding: bool = True,
+) -> Tensor:
+    batch = tokenizer(
+        texts,
+        padding=padding,
+        truncation=limit is not None,
+        max_length=limit,
+        # what spells a special token in a completion stays letters
+        split_special_tokens=True,
+        return_tensors="pt",
+    )
+    return model(**batch.to(model.device)).logits
+
+
+def _make_paddable(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int | None,
+    name: str | os.PathLike,
+) -> None:
+    """Settings under which a text scores the same alone and beside others.
+
+    The model's own pad token comes first: decoders look for it to find the last token of a text.
+    """
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    short, long = ["good"], ["good good good bad good"]
+    alone = _logits(model, tokenizer, short, limit, padding=False)
+    config = model.config.get_text_config()
+    own = getattr(config, "pad_token_id", None)
+    known = [own, *map(tokenizer.convert_tokens_to_ids, _padding_tokens(tokenizer))]
+    rows = range(min(model.get_input_embeddings().num_embeddings, len(tokenizer)))
+    usable = [token for token in known if token in rows]
+    if not usable:
+        raise ValueError(f"name={str(name)!r}: the tokenizer has no token to pad with; give it one")
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(usable[0])
+    config.pad_token_id = usable[0]
+    try:
+        beside = _logits(model, tokenizer, [*short, *long], limit)[:1]
+        changed = f"changes a score by {(beside - alone).abs().max():.1g}"
+    except (ValueError, RuntimeError, IndexError) as error:
+        beside, changed = None, f"fails ({error})"
+    if beside is None or not torch.allclose(beside, alone, rtol=1e-3, atol=1e-3):
+        raise ValueError(
+            f"name={str(name)!r}: padding a text with {tokenizer.pad_token!r} {changed}; pass"
+            " another classifier, or save its tokenizer with the pad token it was trained with"
+        )
+
+
+def _padding_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    found = (tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token, tokenizer.eos_token)
+    return [token for token in found if token is not None]
 
 
 def _log_odds(logits: Tensor, index: int) -> Tensor:
@@ -347,34 +466,12 @@ def _log_odds(logits: Tensor, index: int) -> Tensor:
 def _load_classifier(
     name: str | os.PathLike,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification
 
-    from rlhf_helpers.models import load_tokenizer, no_such
+    from rlhf_helpers.models import from_files, load_tokenizer
 
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except OSError as error:
-        raise OSError(no_such("classifier", name)) from error
-    try:
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            name,
-            config=config,
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except OSError as error:
-        raise OSError(
-            f"{str(name)!r} has no safetensors weights here; pickle files are not loaded.\n"
-            "Connect to the hub once, or save the model again with save_pretrained."
-        ) from error
-    if report["missing_keys"]:
-        missing = ", ".join(sorted(report["missing_keys"]))
-        raise ValueError(
-            f"name={str(name)!r} has no trained weights for {missing}; pass a trained classifier"
-        )
-    return model, load_tokenizer(name)
+    kind = AutoModelForSequenceClassification
+    return from_files(kind, name, torch.float32, "classifier"), load_tokenizer(name)
 
 
 def _label_index(config: PretrainedConfig, label: str) -> int:
@@ -393,7 +490,7 @@ def _label_index(config: PretrainedConfig, label: str) -> int:
 
 def _longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """How many tokens the model reads, as far as the tokenizer or the model says."""
-    positions = getattr(model.config, "max_position_embeddings", None) or 0
+    positions = context_of(model.config) or 0
     for path, module in model.named_modules():
         # RoBERTa and its kin start to count after the padding token's index
         if (

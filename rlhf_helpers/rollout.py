@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -12,18 +13,23 @@ from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from rlhf_helpers._forward import (
+    check_causal,
     check_context,
     check_left_padded,
+    check_padding,
     check_vocabulary,
     evaluating,
     has_cache,
     language_model,
+    remembers,
     repeatable,
     run_model,
+    say_without_cache,
+    vocabulary_of,
 )
-from rlhf_helpers._validate import in_range, same_shape
+from rlhf_helpers._validate import in_range, same_shape, zero_or_one
 from rlhf_helpers.logprobs import token_log_probs
-from rlhf_helpers.models import decode, encode_prompts
+from rlhf_helpers.models import Cut, decode, encode_prompts
 
 
 class Rollout(NamedTuple):
@@ -75,9 +81,11 @@ def sample(
         samples_per_prompt: G; N = B · G.
         generator: on the model's device; with one, the global random state is untouched.
     Returns: a Rollout.
-    Raises: ValueError on a prompt that is empty or padded on the right, a token outside the
-        vocabulary, prompt + max_new_tokens beyond the model's context, a number outside its
-        range, or logits that are NaN or infinite, saying the step and the row.
+    Raises: ValueError on a prompt that is empty or padded on the right, prompts of unequal length
+        for a model that reads padding as text, a model that reads in both directions, a mask of
+        anything but 0 and 1, a token outside the vocabulary, prompt + max_new_tokens beyond the
+        model's context, a number outside its range, or logits that are NaN or infinite, saying the
+        step and the row.
     Source: Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration" (top-p); Fan et
         al. 2018, "Hierarchical Neural Story Generation" (top-k).
     """
@@ -127,14 +135,42 @@ def write(
         max_new_tokens: at most so many a completion.
         how: temperature, top_k, top_p, samples_per_prompt and generator, as in `sample`.
     Returns: B · samples_per_prompt texts without the prompts; those of one prompt are neighbours.
-    Raises: as `sample`, and ValueError if prompts is empty.
+        One without an end is a `models.Cut`.
+    Raises: as `sample`, and ValueError as `models.encode_prompts`.
     """
     tokens, mask = encode_prompts(tokenizer, prompts, next(model.parameters()).device)
-    ends, filler = tokenizer.eos_token_id, tokenizer.pad_token_id
+    ends, filler = end_tokens(model, tokenizer), tokenizer.pad_token_id
     rollout = sample(
         model, tokens, mask, max_new_tokens, eos_token_id=ends, pad_token_id=filler, **how
     )
-    return decode(tokenizer, rollout.tokens[:, rollout.prompt_length :], rollout.completion_mask)
+    return texts_of(rollout, tokenizer, ended(rollout, ends))
+
+
+def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """All tokens that end a completion: the tokenizer's, and those of the model's settings for
+    generation, of which chat models have several. Those that the model has no row for are left
+    out."""
+    base = language_model(model)
+    settings = getattr(base, "generation_config", None) or base.config
+    ends = getattr(settings, "eos_token_id", None)
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    rows = vocabulary_of(model) or float("inf")
+    both = [tokenizer.eos_token_id, *ends]
+    return list(dict.fromkeys(end for end in both if end is not None and 0 <= end < rows))
+
+
+def ended(rollout: Rollout, ends: Sequence[int]) -> Tensor:
+    """Whether each completion came to one of the end tokens, [N]."""
+    completions = rollout.tokens[:, rollout.prompt_length :]
+    found = torch.isin(completions, torch.tensor(ends, dtype=torch.long, device=completions.device))
+    return (found & rollout.completion_mask).any(1)
+
+
+def texts_of(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, whole: Tensor) -> list[str]:
+    """The completions as text; where `whole` [N] is False, as a `models.Cut`."""
+    completions = rollout.tokens[:, rollout.prompt_length :]
+    texts = decode(tokenizer, completions, rollout.completion_mask)
+    return [text if done else Cut(text) for text, done in zip(texts, whole.tolist(), strict=True)]
 
 
 def _check_numbers(
@@ -155,7 +191,7 @@ def _check_prompts(model: nn.Module, tokens: Tensor, mask: Tensor, max_new_token
             "one token each, e.g. the beginning-of-sequence token"
         )
     same_shape(prompt_tokens=tokens, prompt_mask=mask)
-    mask = mask.long()
+    mask = zero_or_one(mask, "prompt_mask").long()
     empty = ~mask.any(-1)
     if empty.any():
         raise ValueError(
@@ -163,6 +199,8 @@ def _check_prompts(model: nn.Module, tokens: Tensor, mask: Tensor, max_new_token
             "give it one token, e.g. the beginning-of-sequence token"
         )
     check_left_padded(mask, "prompt_mask")
+    check_causal(model)
+    check_padding(model, mask, "prompt_mask")
     check_vocabulary(model, tokens, "prompt_tokens")
     longest = int(mask.sum(-1).max())
     check_context(
@@ -231,11 +269,17 @@ def _start(
     model: nn.Module, tokens: Tensor, mask: Tensor, max_new_tokens: int, group: int
 ) -> tuple[Tensor, Any]:
     """Logits of the first token for every sequence, and the prompts' cache, repeated for each."""
-    past = _new_cache(model, max_new_tokens - 1)
-    logits, _ = _logits(model, tokens, mask, past)
+    logits, past = None, _new_cache(model, max_new_tokens - 1)
     if past is not None:
-        past.batch_repeat_interleave(group)
-    return logits.repeat_interleave(group, dim=0), past
+        # a model may take no cache but its own; any other error comes again below
+        with suppress(ValueError):
+            logits, _ = _logits(model, tokens, mask, past)
+        if logits is not None and remembers(past, tokens):
+            past.batch_repeat_interleave(group)
+            return logits.repeat_interleave(group, dim=0), past
+        say_without_cache(model)
+    logits, _ = _logits(model, tokens, mask, None)
+    return logits.repeat_interleave(group, dim=0), None
 
 
 def _next(model: nn.Module, tokens: Tensor, mask: Tensor, past: Any) -> tuple[Tensor, Any]:
@@ -262,10 +306,17 @@ def _new_cache(model: nn.Module, new_tokens: int) -> Any:
     """An empty cache, or None if the model has none whose rows can be repeated and dropped."""
     if not has_cache(model):
         return None
-    cache = DynamicCache(config=language_model(model).config)
+    try:
+        cache = DynamicCache(config=language_model(model).config)
+    except Exception:
+        # layers of a kind that the library's own cache does not know
+        cache = None
+    if not repeatable(cache):
+        say_without_cache(model)
+        return None
     if all(type(layer) is DynamicLayer for layer in cache.layers):
         return Cache(layers=[_RoomyLayer(new_tokens) for _ in cache.layers])
-    return cache if repeatable(cache) else None
+    return cache
 
 
 class _RoomyLayer(DynamicLayer):
@@ -299,6 +350,8 @@ class _RoomyLayer(DynamicLayer):
         self.keys, self.values = (store[:rows, :, :length] for store in self.stores)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        if not self.is_initialized:
+            return  # a layer more than the model has
         rows, heads, length, _ = self.keys.shape
         for states in (self.keys, self.values):
             room = (rows, repeats, heads, length + self.new_tokens, states.shape[-1])
@@ -308,6 +361,8 @@ class _RoomyLayer(DynamicLayer):
         self._look(rows * repeats, length)
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        if not self.is_initialized:
+            return
         length, size = self.keys.shape[2], len(indices)
         moved = indices != torch.arange(size, device=indices.device)
         to, source = moved.nonzero().squeeze(-1), indices[moved]

@@ -4,7 +4,12 @@ and a run that `accelerate launch` starts.
 The launcher is accelerate's and the trainers are TRL's. What is here only translates: settings of
 `grpo.Config`, `dpo.Config`, `reward_model.Config` and `sft.Config` into TRL's, texts into its data
 sets, and what TRL cannot do into an error. A batch is the batch of all processes together, so that
-a run does not change its meaning with their number.
+a run does not change its meaning with their number. The tokens are those of this book's loops,
+whatever the tokenizer puts around texts by itself.
+
+No run keeps checkpoints unless it is told to, so one that is killed is lost. Each trainer takes
+TRL's `save_strategy="steps", save_steps=10` among its options, and its
+`.train(resume_from_checkpoint=True)` goes on from the last one.
 
     accelerate launch --config_file two_cpu_processes.yaml -m rlhf_helpers.scale_out --output
     runs/two
@@ -62,6 +67,12 @@ VLLM = {
 }
 DPO_LOSSES = {"sigmoid": "sigmoid", "hinge": "hinge", "length-normalised": "sigmoid_norm"}
 EVALUATION_SAMPLES = 4  # of each held-out problem
+# what TRL gives reward functions itself, or takes for something else in a data set
+TAKEN = (
+    "prompt",  # first, since of the held-out problems it is a column
+    *("prompts", "completion", "completions", "completion_ids", "image", "images"),
+    *("environment", "environments", "trainer_state", "log_extra", "log_metric"),
+)
 
 
 # --- settings ------------------------------------------------------------------------------------
@@ -160,6 +171,33 @@ def _only(value: str, known: Sequence[str], name: str) -> None:
 
 
 # --- trainers ------------------------------------------------------------------------------------
+#
+# TRL makes tokens of texts, and texts of tokens, as the tokenizer does by itself; many put a token
+# in front, or drop a space. The trainers for SFT and rewards take tokens; these two would not, but
+# for the methods that are replaced here.
+
+
+class _GRPOTrainer(GRPOTrainer):
+    def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict]:
+        return models.prompt_ids(self.processing_class, prompts), None, {}
+
+    def _calculate_rewards(
+        self, inputs: list, prompts: list[str], completions: list[str], ids: list[list[int]]
+    ) -> torch.Tensor:
+        texts = [_text(self.processing_class, row, self.eos_token_ids) for row in ids]
+        return super()._calculate_rewards(inputs, prompts, texts, ids)
+
+
+class _DPOTrainer(DPOTrainer):
+    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+        return dataset
+
+
+def _text(tokenizer: Tokenizer, ids: list[int], ends: Sequence[int]) -> str:
+    """What a reward function of this book's loops would be given for a completion."""
+    row = torch.tensor([ids])
+    text = models.decode(tokenizer, row, torch.ones_like(row))[0]
+    return text if ids[-1] in ends else models.Cut(text)
 
 
 def grpo_trainer(
@@ -178,34 +216,48 @@ def grpo_trainer(
 
     TRL puts padding on the left of short prompts and scores without position ids. A model that
     counts positions from the first column, like GPT-2, then sees other positions than the sampler
-    did, so prompts of unequal length are refused for such a model.
+    did, so prompts of unequal length are refused for such a model. No checkpoints are kept unless
+    the options say so.
 
     Args:
-        policy, tokenizer, prompts, reward, config, columns: as in `grpo.train`.
+        policy, tokenizer, prompts, reward, config, columns: as in `grpo.train`; dropout is switched
+            off as in `without_dropout`.
         held_out: columns "prompt" and the others, of prompts that TRL evaluates on.
         folder, options: as in `grpo_arguments`.
-    Raises: ValueError as `grpo_arguments`; on prompts or columns that do not fit; on prompts of
-        unequal length for a model that counts positions; with a price on KL, on a policy that is
-        not the one that its name stands for, since TRL loads the reference by that name.
+    Raises: ValueError as `grpo_arguments` or `without_dropout`; on prompts or columns that do not
+        fit, or a column with a name of `TAKEN`; on prompts of unequal length for a model that
+        counts positions; with a price on KL, on a policy that is not the one that its name stands
+        for, since TRL loads the reference by that name.
     """
+    columns, held_out = _plain(columns, TAKEN), _plain(held_out, TAKEN[1:])
+    prompts = rewards.plain(prompts)
     grpo.check(config, prompts, columns, None)
-    lengths = [len(ids) for ids in tokenizer(list(prompts), add_special_tokens=False)["input_ids"]]
+    lengths = list(map(len, models.prompt_ids(tokenizer, prompts)))
     if min(lengths) < max(lengths) and _minds_padding(policy, tokenizer):
         raise ValueError(
             f"prompts have {min(lengths)} to {max(lengths)} tokens, and TRL's GRPO gives"
             f" left-padded prompts no position ids, which a {type(policy).__name__} needs; pass"
             " prompts of one length"
         )
-    trainer = GRPOTrainer(
-        policy,
+    trainer = _GRPOTrainer(
+        without_dropout(policy),
         reward,
         grpo_arguments(config, folder, **options),
-        train_dataset=Dataset.from_dict({"prompt": list(prompts)} | dict(columns or {})),
-        eval_dataset=held_out and Dataset.from_dict(dict(held_out)),
+        train_dataset=Dataset.from_dict({"prompt": list(prompts)} | columns),
+        eval_dataset=Dataset.from_dict(held_out) if held_out else None,
         processing_class=tokenizer,
     )
     _check_reference(trainer, policy)
     return _silent(trainer)
+
+
+def _plain(columns: Mapping[str, Sequence] | None, taken: Sequence[str]) -> dict[str, list]:
+    """Columns as a data set takes them, from arrays, Series and tensors too."""
+    columns = {} if columns is None else columns
+    rewards.check_columns(columns, taken)
+    return {
+        name: list(map(rewards.plain, rewards.plain(values))) for name, values in columns.items()
+    }
 
 
 def _check_reference(trainer: GRPOTrainer, policy: nn.Module) -> None:
@@ -228,16 +280,36 @@ def _silent(trainer: Any) -> Any:
 
 @torch.no_grad()
 def _minds_padding(policy: nn.Module, tokenizer: Tokenizer) -> bool:
-    """Whether a masked token on the left changes what the model says."""
-    device = next(policy.parameters()).device
-    tokens = torch.full((1, 3), tokenizer.eos_token_id, device=device)
-    mask = torch.tensor([[0, 1, 1]], device=device)
+    """Whether masked tokens on the left change the log-probabilities of what follows; probabilities
+    would hide it, since those of a large vocabulary are all small."""
+    if _divided(policy):
+        return True  # it cannot be tried
+    tokens = _some_tokens(policy)
+    pads = torch.full_like(tokens[:, :3], tokenizer.pad_token_id)
+    mask = torch.ones_like(tokens)
     was_training = policy.training
     policy.eval()
-    padded = policy(tokens, attention_mask=mask).logits[0, -1]
-    plain = policy(tokens[:, 1:], attention_mask=mask[:, 1:]).logits[0, -1]
+    plain = policy(tokens, attention_mask=mask).logits
+    padded = policy(
+        torch.cat([pads, tokens], 1), attention_mask=torch.cat([torch.zeros_like(pads), mask], 1)
+    ).logits[:, 3:]
     policy.train(was_training)
-    return not torch.allclose(padded.softmax(0), plain.softmax(0), atol=1e-4)
+    before, after = (logits.float().log_softmax(-1) for logits in (plain, padded))
+    # sums in another order change them by less, in half precision at least in the mean
+    rounding = torch.finfo(plain.dtype).eps ** 0.5 * before.std(-1).mean()
+    return not (after - before).abs().mean() <= rounding
+
+
+def _divided(model: nn.Module) -> bool:
+    """Whether the weights are spread over processes, so that the model cannot be run by itself."""
+    return any(p.numel() == 0 or p.is_meta for p in model.parameters())
+
+
+def _some_tokens(model: nn.Module) -> torch.Tensor:
+    """A short row of different tokens."""
+    rows = model.get_input_embeddings().num_embeddings
+    device = next(model.parameters()).device
+    return torch.arange(min(rows, 12), device=device).flip(0)[None]
 
 
 def sft_trainer(
@@ -252,13 +324,14 @@ def sft_trainer(
     """TRL's supervised fine-tuning with what `sft.train` takes.
 
     The tokens are this book's: prompt and response are tokenised apart, where TRL would tokenise
-    them together.
+    them together. No checkpoints are kept unless the options say so.
 
     Args:
         policy, tokenizer, pairs, config: as in `sft.train`.
         folder: where TRL writes.
         options: further settings of TRL's SFTConfig.
-    Raises: ValueError as `sft.train`, or on a batch that the processes cannot share.
+    Raises: ValueError as `sft.train` or `without_dropout`, or on a batch that the processes cannot
+        share.
     """
     sft.check(pairs, config)
     examples = sft.encode(tokenizer, pairs)
@@ -279,11 +352,38 @@ def sft_trainer(
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
-    """The model with dropout switched off in every mode; TRL's SFT has no setting for it."""
+    """The model with dropout switched off in every mode; TRL's SFT has no setting for it, and that
+    of the others leaves alone what is no layer but a number (OPT's, or Llama's in attention).
+
+    Raises: ValueError if two passes in training mode still differ.
+    """
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+    if not _divided(model) and _is_random(model):
+        given = model.config.to_dict().items()
+        named = [f"{name}={value}" for name, value in given if "drop" in name and value]
+        raise ValueError(
+            f"{type(model).__name__}: two passes in training mode differ, so something random could"
+            f" not be switched off; set it to 0 in the model's config ({', '.join(named) or 'none'}"
+            " of its settings is called dropout)"
+        )
     return model
+
+
+@torch.no_grad()
+def _is_random(model: nn.Module) -> bool:
+    tokens, was_training = _some_tokens(model), model.training
+    with torch.random.fork_rng([tokens.device] if tokens.is_cuda else []):
+        model.train()
+        # not the output: the head of a new reward model is 0, and would hide everything
+        passes = [model(tokens, output_hidden_states=True) for _ in range(2)]
+        model.train(was_training)
+    first, second = (found.hidden_states[-1] for found in passes)
+    return not torch.allclose(first, second, rtol=1e-3, atol=1e-3, equal_nan=True)
 
 
 def dpo_trainer(
@@ -297,18 +397,21 @@ def dpo_trainer(
 ) -> DPOTrainer:
     """TRL's DPO with what `dpo.train` takes as examples before they are tokens.
 
-    TRL takes hard labels: the majority decides, and ties are dropped. It tokenises prompt and
-    response together, which is the same unless letters merge across the border.
+    TRL takes hard labels: the majority decides, and ties are dropped. The tokens are this book's:
+    prompt and response are tokenised apart, where TRL would tokenise them together. No checkpoints
+    are kept unless the options say so.
 
     Args:
-        policy: trained in place; the reference is a copy of it as it is now, or only what that
-            copy would say of the pairs, with the option `precompute_ref_log_probs=True`.
+        policy: trained in place, without dropout; the reference is a copy of it as it is now, or
+            only what that copy would say of the pairs, with the option
+            `precompute_ref_log_probs=True`.
         tokenizer, config: as in `dpo.train`.
         data: comparisons of two.
         folder: where TRL writes.
         options: further settings of TRL's DPOConfig.
-    Raises: ValueError as `hard_pairs`, or on a variant or a label smoothing that TRL does not have
-        in this form, or a batch that the processes cannot share.
+    Raises: ValueError as `hard_pairs`, `dpo.encode` or `without_dropout`, or on a variant or a
+        label smoothing that TRL does not have in this form, or a batch that the processes cannot
+        share.
     """
     _only(config.variant, tuple(DPO_LOSSES), "variant")
     if config.label_smoothing:
@@ -319,7 +422,7 @@ def dpo_trainer(
     for index, one in enumerate(data):
         if one.margin:
             raise ValueError(f"data[{index}] has a margin, which DPO does not use; set it to 0")
-    rows = [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in hard_pairs(data)]
+    rows = _pair_ids(tokenizer, hard_pairs(data))
     arguments = _pairs_arguments(config, folder, len(rows)) | {
         "beta": config.beta,
         "loss_type": DPO_LOSSES[config.variant],
@@ -328,7 +431,8 @@ def dpo_trainer(
     # under FSDP, TRL without a copy would load the reference by the policy's name
     sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
     alone = options.get("precompute_ref_log_probs") and not sharded
-    trainer = DPOTrainer(
+    without_dropout(policy)
+    trainer = _DPOTrainer(
         policy,
         # TRL copies an adapter by itself, and would not know what to do with a copied policy
         None if alone or isinstance(policy, PeftModel) else copy.deepcopy(policy),
@@ -339,6 +443,16 @@ def dpo_trainer(
     return _silent(trainer)
 
 
+def _pair_ids(tokenizer: Tokenizer, rows: Sequence[Mapping]) -> list[dict[str, list[int]]]:
+    pairs = [
+        reward_model.Comparison(row["prompt"], (row["chosen"], row["rejected"])) for row in rows
+    ]
+    return [
+        {"prompt_ids": one.prompt, "chosen_ids": one.chosen, "rejected_ids": one.rejected}
+        for one in dpo.encode(tokenizer, pairs)
+    ]
+
+
 def hard_pairs(data: Sequence[reward_model.Comparison]) -> list[dict[str, Any]]:
     """Comparisons of two as TRL takes them: prompt, chosen, rejected and margin. The response that
     more than half prefer is the chosen one; a comparison without a majority is dropped.
@@ -347,7 +461,7 @@ def hard_pairs(data: Sequence[reward_model.Comparison]) -> list[dict[str, Any]]:
     """
     rows = []
     for index, one in enumerate(data):
-        if len(one.responses) != 2 or one.weight != 1.0:
+        if isinstance(one.responses, str) or len(one.responses) != 2 or one.weight != 1.0:
             raise ValueError(f"data[{index}] must compare two responses with weight 1")
         if one.preference != 0.5:
             chosen, rejected = one.responses if one.preference > 0.5 else one.responses[::-1]
@@ -370,15 +484,16 @@ def reward_trainer(
     """TRL's reward modelling with what `reward_model.train` takes; labels as in `hard_pairs`.
 
     The library's classifier finds the last token by looking for the pad token. Where that is the
-    end token, every text would be read one token early, so padding is done with another token.
+    end token, every text would be read one token early, so padding is done with another token. No
+    checkpoints are kept unless the options say so.
 
     Args:
         model: as `reward_model.load` returns it, trained in place.
         tokenizer, data, config: as in `reward_model.train`.
         folder: where TRL writes.
         options: further settings of TRL's RewardConfig.
-    Raises: ValueError as `hard_pairs`, or on another loss than "bradley-terry", or a batch that the
-        processes cannot share.
+    Raises: ValueError as `hard_pairs` or `without_dropout`, or on another loss than
+        "bradley-terry", or a batch that the processes cannot share.
     """
     _only(config.loss, ("bradley-terry",), "loss")
     rows = hard_pairs(data)
@@ -396,7 +511,7 @@ def reward_trainer(
         "disable_dropout": True,
     }
     trainer = RewardTrainer(
-        model,
+        without_dropout(model),
         RewardConfig(**arguments | options),
         train_dataset=Dataset.from_dict(found),
         processing_class=_padding_apart(tokenizer),
@@ -533,9 +648,14 @@ def evaluation(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """GRPO with TRL on this book's arithmetic, in one process or in several."""
+    """GRPO with TRL on this book's arithmetic, in one process or in several. It keeps no
+    checkpoints: a run that is killed has to begin anew. For your own prompts and reward, or for
+    checkpoints, call `grpo_trainer` in a script of yours, and launch that in place of this module.
+    """
     args = parse(arguments)
     begin = time.perf_counter()
+    # kept, because transformers reads from it that weights are to be divided as they are loaded
+    config, kept = config_of(args), grpo_arguments(config_of(args), args.output, **evaluation(args))
     policy, tokenizer = models.load(args.model)
     problems, held_out = problems_of(args)
     trainer = grpo_trainer(
@@ -543,7 +663,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tokenizer,
         [one.prompt for one in problems],
         arithmetic.exact,
-        config_of(args),
+        config,
         {"answer": [one.answer for one in problems]},
         {"prompt": [p.prompt for p in held_out], "answer": [p.answer for p in held_out]},
         folder=args.output,
@@ -556,7 +676,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _finish(trainer, args.output / "curve.json", round(time.perf_counter() - begin, 1))
     # freed with the trainer, torch 2.13's group would wait, holding Python's lock, for a thread
     # that waits for this lock; so the group goes last
-    del trainer
+    del trainer, kept
     gc.collect()
     del group
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from rlhf_helpers._validate import in_range
+from rlhf_helpers._validate import in_range, tensors
 
 
 def conjugate_gradient(
@@ -25,12 +25,13 @@ def conjugate_gradient(
         iterations: products with A at most; P of them solve any A exactly, up to rounding.
         tolerance: stop when the squared residual r·r falls below it.
     Returns: x, [P], without gradient.
-    Raises: ValueError on a b that is not one finite vector, fewer than one iteration, a negative
-        tolerance, a matvec of the wrong shape, or a direction along which A is not positive
-        definite (add damping).
+    Raises: ValueError on a b that is not one finite vector of float32 or float64, fewer than one
+        iteration, a negative tolerance, a matvec of the wrong shape, or a direction along which A
+        is not positive definite (add damping) or not finite.
     Source: Hestenes and Stiefel 1952, "Methods of Conjugate Gradients", section 3; used for
         policies by Schulman et al. 2015, "Trust Region Policy Optimization", appendix C.
     """
+    _check_precision(b, "b")
     if b.dim() != 1 or b.numel() == 0 or not torch.isfinite(b).all():
         raise ValueError(
             f"b must be one finite, non-empty vector [P]; it has shape {tuple(b.shape)}"
@@ -41,7 +42,7 @@ def conjugate_gradient(
     x = torch.zeros_like(b)
     residual, direction = b.clone(), b.clone()
     squared = residual @ residual
-    for _ in range(iterations):
+    for _ in range(int(iterations)):
         if squared <= tolerance:
             break
         product = matvec(direction).detach()
@@ -50,9 +51,10 @@ def conjugate_gradient(
                 f"matvec returned shape {tuple(product.shape)}; it must keep {tuple(b.shape)}"
             )
         curvature = direction @ product
-        if not curvature > 0:
+        if not 0 < curvature < torch.inf:
             raise ValueError(
-                f"matvec is not positive definite (v·Av = {curvature:.3g}); add damping"
+                f"matvec is not positive definite, or not finite (v·Av = {curvature:.3g}); add"
+                " damping"
             )
         step = squared / curvature
         x = x + step * direction
@@ -81,11 +83,14 @@ def hessian_vector_product(
     Returns: [P], without gradient. A parameter that the function does not depend on has a zero
         row.
     Raises: ValueError if scalar_fn returns no scalar or one that depends on no parameter, on a
-        vector of the wrong size, parameters without gradient, or damping < 0.
+        vector of the wrong size or neither float32 nor float64, parameters without gradient, or
+        damping < 0.
     Source: Pearlmutter 1994, "Fast Exact Multiplication by the Hessian".
     """
     parameters = list(parameters)
     in_range(damping, "damping", 0.0)
+    tensors(**{f"parameters[{i}]": p for i, p in enumerate(parameters)})
+    _check_precision(vector, "vector")
     size = sum(p.numel() for p in parameters)
     if size == 0 or not all(p.requires_grad for p in parameters):
         raise ValueError(
@@ -95,6 +100,7 @@ def hessian_vector_product(
         raise ValueError(f"vector has shape {tuple(vector.shape)}; the parameters need [{size}]")
     with torch.enable_grad():
         scalar = scalar_fn()
+        tensors(**{"the result of scalar_fn": scalar})
         if scalar.numel() != 1:
             raise ValueError(
                 f"scalar_fn returned shape {tuple(scalar.shape)}; it must return one number"
@@ -111,6 +117,13 @@ def hessian_vector_product(
             torch.zeros_like(vector) if linear else _flat_gradient(gradient @ vector, parameters)
         )
     return (product + damping * vector).detach()
+
+
+def _check_precision(values: Tensor, name: str) -> None:
+    """Refuse half precision: in its squares and differences nothing would be left of a residual."""
+    tensors(**{name: values})
+    if values.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{name} has dtype {values.dtype}; pass float32 or float64")
 
 
 def _flat_gradient(

@@ -1,5 +1,6 @@
 """Every notebook keeps the conventions a reader relies on, here, in Colab and on GitHub."""
 
+import ast
 import re
 import statistics
 
@@ -64,6 +65,109 @@ def test_report_cells_are_closed_in_jupyter_and_colab_too(path):
     assert fold.fold(nbrun.read(path)) == 0, f"run `make fold NOTEBOOK={path.stem}`"
 
 
+def parsed(cell):
+    """The syntax tree of a cell; lines that only IPython knows do nothing."""
+    return ast.parse(re.sub(r"^(\s*)[%!].*", r"\1pass", cell.source, flags=re.M))
+
+
+def named(call):
+    """What a call calls, without what stands before a dot."""
+    return getattr(call.func, "id", None) or getattr(call.func, "attr", None)
+
+
+def test_no_claim_is_a_number_from_the_source(path):
+    """Where a scale measures nothing, the number of a claim is None; never one that was written
+    down to lie in the band."""
+    for cell in code_cells(path):
+        for call in ast.walk(parsed(cell)):
+            if not (isinstance(call, ast.Call) and named(call) == "claims"):
+                continue
+            for claim, value, *_ in (row.elts for row in call.args):
+                assert any(isinstance(node, ast.Name) for node in ast.walk(value)), claim.value
+                for node in ast.walk(value):
+                    assert not isinstance(node, ast.BoolOp), claim.value
+                    if isinstance(node, ast.IfExp):
+                        assert ast.unparse(node.orelse) == "None", claim.value
+
+
+def test_no_number_stands_in_for_what_was_not_recorded(path):
+    for cell in code_cells(path):
+        for node in ast.walk(parsed(cell)):
+            if isinstance(node, ast.IfExp) and ast.unparse(node.test) == "sweep":
+                assert ast.unparse(node.orelse) in ("None", "()"), ast.unparse(node)
+
+
+def test_every_claim_is_measured_at_scale_tiny(path):
+    for cell in code_cells(path):
+        printed = "".join(output.get("text", "") for output in cell.outputs)
+        assert "not measured at this scale" not in printed
+
+
+def shows(node):
+    return any(
+        isinstance(call, ast.Call) and named(call) in ("say", "table", "show", "print")
+        for call in ast.walk(node)
+    )
+
+
+def test_a_cell_without_recorded_results_says_so(path):
+    """A cell that shows only what was recorded has a sentence for a scale without."""
+    for cell in code_cells(path):
+        body = parsed(cell).body
+        ifs = [n for n in body if isinstance(n, ast.If) and ast.unparse(n.test) == "sweep"]
+        others = [n for n in body if n not in ifs and not isinstance(n, ast.FunctionDef)]
+        if any(map(shows, ifs)) and not any(map(shows, others)):
+            assert any(map(shows, [end for one in ifs for end in one.orelse])), cell.source
+
+
+# Where texts come from that nobody here wrote: calls, and fields of what is returned.
+WRITERS = ("write", "respond", "texts", "decode", "batch_decode", "convert_ids_to_tokens")
+WRITTEN = ("texts", "prompt", "response", "completion", "chosen", "rejected")
+# What leaves a text the text that it is.
+SAME = ("strip", "join", "replace", "removesuffix", "removeprefix", "list", "tuple", "sorted")
+
+
+def raw(node, names):
+    """Whether an expression is or holds a text of a model or of data, as it was written."""
+    if isinstance(node, ast.Call):
+        inside = [*node.args, getattr(node.func, "value", None)]
+        return named(node) in WRITERS or (
+            named(node) in SAME and any(raw(one, names) for one in inside)
+        )
+    if isinstance(node, ast.Name):
+        return node.id in names
+    if isinstance(node, ast.Attribute):
+        return node.attr in WRITTEN
+    if isinstance(node, ast.Subscript):
+        return raw(node.value, names) or ast.unparse(node.slice) in map(repr, WRITTEN)
+    if isinstance(node, ast.FormattedValue):
+        return node.format_spec is None and raw(node.value, names)
+    if isinstance(node, (ast.ListComp, ast.GeneratorExp)):
+        inner = names | {
+            name.id
+            for loop in node.generators
+            if raw(loop.iter, names)
+            for name in ast.walk(loop.target)
+            if isinstance(name, ast.Name)
+        }
+        return raw(node.elt, inner)
+    kinds = (ast.JoinedStr, ast.List, ast.Tuple, ast.BinOp, ast.Starred, ast.IfExp)
+    return isinstance(node, kinds) and any(raw(one, names) for one in ast.iter_child_nodes(node))
+
+
+def test_texts_of_a_model_or_of_data_are_shown_through_literal(path):
+    """`brief`, `literal` and `code` make any text words; without them it could become an element of
+    the page."""
+    names = set()
+    for cell in code_cells(path):
+        for node in ast.walk(parsed(cell)):
+            if isinstance(node, ast.Assign) and raw(node.value, names):
+                names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+            if isinstance(node, ast.Call) and named(node) in ("say", "table", "append"):
+                found = [ast.unparse(one) for one in node.args if raw(one, names)]
+                assert not found, cell.source
+
+
 def test_no_cell_writes_a_table_by_hand(path):
     assert not [cell.source for cell in code_cells(path) if re.search(r"\|\s*:?--", cell.source)]
 
@@ -126,7 +230,9 @@ def test_the_first_cell_links_to_colab_in_words(path):
 
 def test_the_set_up_cell_installs_on_colab_only(path):
     source = code_cells(path)[0].source
-    install = f'%pip install -q "git+{set_repo.repository()["url"]}"'
+    # what only the chapters with a language model need is an extra
+    extra = "rlhf_helpers[lm]@" if nbrun.read(path).metadata["needs_model"] else ""
+    install = f'%pip install -q "{extra}git+{set_repo.repository()["url"]}"'
     assert re.search(
         rf'^if "google\.colab" in sys\.modules:\n    {re.escape(install)}$', source, re.M
     )

@@ -1,8 +1,11 @@
 """What one chapter makes and a later one uses."""
 
+import shutil
 from dataclasses import replace
 
+import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from rlhf_helpers import models, preferences, settings
 from rlhf_helpers.algorithms import reward_model as rm
@@ -53,3 +56,22 @@ def test_the_model_that_adds_is_read_or_made(monkeypatch):
     now, then = (sft.cross_entropy(one, tokenizer, pairs) for one in (policy, before))
     assert now < then - 0.5
     assert not policy.training
+
+
+@pytest.mark.parametrize("name", ["score.weight", "transformer.h.1.ln_1.weight"])
+def test_a_shipped_reward_model_that_is_not_whole_is_refused(tmp_path, name):
+    """Oracle: the whole folder is read, and gives the scores of the shipped one."""
+    run = settings.load()
+    folder = shutil.copytree(run.reward_model, tmp_path / "reward")
+    mine = replace(run, reward_model=str(folder))
+    _, tokenizer = models.load(run.model)
+    found, expected = (
+        rm.scores(shipped.reward_model(each), tokenizer, ["A film"], [" good"])
+        for each in (mine, run)
+    )
+    assert torch.equal(found, expected)
+    weights = load_file(folder / "model.safetensors")
+    del weights[name]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"no trained weights for {name}"):
+        shipped.reward_model(mine)

@@ -43,3 +43,33 @@ def test_curves_go_to_tensorboard_where_it_is_installed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ImportError, match="pip install tensorboard"):
         next(watch(iter([metrics(1)]), 1, tmp_path))
+
+
+@pytest.mark.parametrize("end", ["read", "left", "failed"])
+def test_the_writer_is_closed_however_the_run_ends(monkeypatch, end):
+    """Oracle: a writer that counts how often it was opened and closed."""
+    calls = []
+    methods = {
+        "__init__": lambda self, folder: calls.append("open"),
+        "add_scalar": lambda self, *row: None,
+        "close": lambda self: calls.append("close"),
+    }
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", type(sys)("fake"))
+    sys.modules["torch.utils.tensorboard"].SummaryWriter = type("Writer", (), methods)
+
+    def history():
+        yield metrics(1)
+        if end == "failed":
+            raise RuntimeError("stopped")
+        yield metrics(2)
+
+    run = watch(history(), 2, "runs")
+    next(run)
+    if end == "left":
+        run.close()
+    elif end == "failed":
+        with pytest.raises(RuntimeError, match="stopped"):
+            next(run)
+    else:
+        assert len(list(run)) == 1
+    assert calls == ["open", "close"]

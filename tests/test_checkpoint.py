@@ -22,6 +22,7 @@ import warnings
 from collections import namedtuple
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors
 import torch
@@ -258,6 +259,27 @@ def test_both_files_are_what_their_names_say(tmp_path):
 Pair = namedtuple("Pair", "a b")
 
 
+def nested(levels):
+    deep = []
+    for _ in range(levels):
+        deep = [deep]
+    return deep
+
+
+def test_the_deepest_and_longest_that_is_taken_comes_back(tmp_path):
+    """Oracle: what was saved."""
+    state = {"deep": nested(98), "long": 10**3900, "short": -(10**3900)}
+    save(tmp_path, 1, state, {"numbers": {"learning_rate": 0.1}})
+    assert_same(quietly(tmp_path, {"numbers": {"learning_rate": 0.1}}).state, state)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    """Oracle: Python's own."""
+    numbers = [np.float64(0.1), np.float32(0.5), np.int64(3), np.bool_(True), np.str_("a")]
+    save(tmp_path, 1, {"numbers": numbers}, {"rate": np.float64(0.1)})
+    assert_same(quietly(tmp_path, {"rate": 0.1}).state, {"numbers": [0.1, 0.5, 3, True, "a"]})
+
+
 @pytest.mark.parametrize(
     ("state", "message"),
     [
@@ -268,7 +290,7 @@ Pair = namedtuple("Pair", "a b")
         ({"policy": {7: (nn.Linear(1, 1),)}}, r"state\['policy'\]\[7\]\[0\] is a Linear"),
         ({"pair": Pair(1, 2)}, r"state\['pair'\] is a Pair"),
         ({"path": Path("x")}, r"state\['path'\] is a PosixPath"),
-        ({"number": torch.zeros(1).numpy()[0]}, r"state\['number'\] is a float32"),
+        ({"numbers": torch.zeros(2).numpy()}, r"state\['numbers'\] is a ndarray"),
         ({"raw": b"x"}, r"state\['raw'\] is a bytes"),
         ({"a": {(1, 2): 3}}, r"state\['a'\] has the key \(1, 2\); keys must be str or int"),
         ({"a": {True: 3}}, r"state\['a'\] has the key True; keys must be str or int"),
@@ -281,7 +303,10 @@ Pair = namedtuple("Pair", "a b")
             r"state\['z'\]\[0\] .* torch.sparse_coo, .*make it a dense",
         ),
         ({"z": torch.zeros(1, device="meta")}, r"state\['z'\] is a tensor of .* on meta"),
-        ({"text": "\ud800"}, "surrogates not allowed"),
+        ({"text": "\ud800"}, r"state\['text'\] is a text .* surrogates not allowed"),
+        ({"a": {"\ud800": 1}}, r"a key of state\['a'\] is a text that UTF-8 cannot hold"),
+        ({"n": [10**5000]}, r"state\['n'\]\[0\] is an int of more than 3,900 digits"),
+        ({"deep": nested(500)}, r"state\['deep'\]\[0\].* more than 100 levels deep"),
         ([1], None),
     ],
 )
@@ -484,9 +509,37 @@ def a_later_format(path):
     (path.parent / "later" / path.name).rename(path)
 
 
+def rewritten(change):
+    """A state.json of another content, with a checksum that is right."""
+
+    def damage(path):
+        content = json.loads((path / "state.json").read_text())["content"]
+        content = change(content)
+        (path / "state.json").write_bytes(checkpoint._render(content))
+
+    return damage
+
+
+def less(*keys):
+    return rewritten(lambda c: {key: value for key, value in c.items() if key not in keys})
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (rewritten(lambda _: {}), "its format is None, and this code reads"),
+        (rewritten(lambda _: [1]), "its state.json is damaged, or of another program"),
+        (less("format"), "its format is None"),
+        (less("step"), "its state.json is of step None"),
+        (less("identity"), "its state.json holds no identity"),
+        (less("tensors"), "its state.json says nothing of tensors.safetensors"),
+        (less("state", "tensors"), "its state.json says nothing of tensors.safetensors"),
+        (
+            rewritten(lambda c: c | {"state": {"tensor": "none"}}),
+            "its state.json holds a malformed state",
+        ),
+        (rewritten(lambda c: c | {"state": {}}), "its state.json holds a malformed state"),
+        (rewritten(lambda c: c | {"identity": {"dict": 3}}), ".* holds a malformed identity"),
         (no_state, "it has no state.json"),
         (no_tensors, "it has no tensors.safetensors"),
         (a_file, "it has no state.json"),
@@ -542,7 +595,7 @@ def test_if_none_is_good_the_run_does_not_start_afresh_by_itself(tmp_path):
     for _ in range(2):
         with (
             pytest.warns(UserWarning, match="is refused") as said,
-            pytest.raises(ValueError, match=f"no checkpoint in {tmp_path} is good .*; delete the"),
+            pytest.raises(ValueError, match=f"no checkpoint in {tmp_path} is good .*; to start"),
         ):
             load(tmp_path, RUN)
         assert ["step-000002" in str(w.message) for w in said] == [True, False]
@@ -663,6 +716,91 @@ def test_a_file_system_that_cannot_sync_folders_will_do_but_a_broken_one_will_no
             return
         fill(tmp_path, 1)
     assert_same(quietly(tmp_path).state, small(1))
+
+
+def test_a_full_disk_is_told_with_the_folder_and_what_is_still_whole(tmp_path, monkeypatch):
+    """Oracle: the specification, with and without a checkpoint before."""
+    for steps, says in (((), "there is none before it"), ((1, 2), "step-000002 is whole")):
+        folder = tmp_path / str(len(steps))
+        fill(folder, *steps)
+        with monkeypatch.context() as patch:
+            full = OSError(errno.ENOSPC, "No space left on device")
+            patch.setattr(os, "fsync", Failing(os.fsync, 2 if steps else 3, full))
+            with pytest.raises(OSError, match=f"step-000003 was not written, {says}") as caught:
+                fill(folder, 3)
+        assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(folder))
+
+
+def test_leftovers_of_any_kind_are_cleared_away(tmp_path):
+    """Oracle: the names in the folder: after the next save, and after a resume that has nothing to
+    do. What a link points to stays."""
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    folder = tmp_path / "run"
+    fill(folder, 1)
+    for clear in (lambda: fill(folder, 2), lambda: checkpoint.begin(folder, "start")):
+        (folder / ".unfinished-file").write_text("x")
+        (folder / ".unfinished-step-000009").mkdir()
+        (folder / ".unfinished-link").symlink_to(kept)
+        clear()
+        assert names(folder) == ["step-000001", "step-000002"]
+    assert kept.is_dir()
+
+
+def test_what_a_run_starts_with_is_noted_until_its_first_checkpoint(tmp_path):
+    """Oracle: the specification."""
+    folder = tmp_path / "run"
+    assert checkpoint.started(folder) is None
+    checkpoint.begin(folder, "abc")
+    assert checkpoint.started(folder) == "abc"
+    (folder / ".start.json").write_text("{")
+    assert checkpoint.started(folder) is None
+    fill(folder, 1)
+    assert names(folder) == ["step-000001"]
+    checkpoint.begin(folder, "def")
+    assert names(folder) == ["step-000001"]
+
+
+def test_a_second_writer_is_refused_and_the_lock_ends_with_its_holder(tmp_path):
+    """Oracle: another process that holds the folder as `save` does; the folder before."""
+    fill(tmp_path, 1)
+    reader, writer = os.pipe()
+
+    def hold():
+        with checkpoint._alone(tmp_path):
+            os.write(writer, b"x")
+            time.sleep(60)
+
+    child = in_child(hold)
+    os.close(writer)
+    assert os.read(reader, 1) == b"x"
+    for attempt in (lambda: fill(tmp_path, 2), lambda: checkpoint.begin(tmp_path, "x")):
+        with pytest.raises(ValueError, match=f"another run is writing .* into {tmp_path} at"):
+            attempt()
+    assert names(tmp_path) == ["step-000001"]
+    os.kill(child, signal.SIGKILL)
+    ending(child)
+    fill(tmp_path, 2)
+    assert names(tmp_path) == ["step-000001", "step-000002"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+@pytest.mark.parametrize("rights", [0o700, 0o750, 0o755])
+def test_a_new_checkpoint_has_the_rights_of_the_one_before(tmp_path, rights, mask):
+    """Oracle: the rights that a person gave to the last one, whatever the umask."""
+    fill(tmp_path, 1)
+    before = tmp_path / "step-000001"
+    before.chmod(rights)
+    for file in before.iterdir():
+        file.chmod(rights & 0o666)
+    old = os.umask(mask)
+    try:
+        fill(tmp_path, 2)
+    finally:
+        os.umask(old)
+    after = tmp_path / "step-000002"
+    assert after.stat().st_mode & 0o777 == rights
+    assert {file.stat().st_mode & 0o777 for file in after.iterdir()} == {rights & 0o666}
 
 
 # Where they lie

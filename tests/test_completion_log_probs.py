@@ -1,14 +1,31 @@
 """Completion log-probabilities against scoring one sequence at a time, plain autograd, and TRL."""
 
 import copy
+import warnings
 
 import peft
 import pytest
 import torch
-from architectures import CONTEXT, EOS, FIVE, VOCABULARY, build, left_padded, scored_alone
+from architectures import (
+    CONFIGS,
+    CONTEXT,
+    EOS,
+    FIVE,
+    OTHERS,
+    VOCABULARY,
+    WRAPPERS,
+    Seen,
+    Wrapped,
+    build,
+    left_padded,
+    scored_alone,
+    with_cache_called,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from rlhf_helpers.logprobs import completion_log_probs
+from rlhf_helpers.models import ValueModel
 
 P, C, GROUP = 6, 5, 2
 EXACT = {"rtol": 1e-10, "atol": 1e-11}
@@ -376,3 +393,182 @@ def test_padding_does_not_count_towards_the_context():
     found = completion_log_probs(model, tokens, mask, 4)
     expected = completion_log_probs(model, tokens[:, 30:], mask[:, 30:], 4)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+# Wrappers, and models of other kinds
+
+
+@pytest.mark.parametrize("group", [1, GROUP])
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_wrapped_model_is_scored_as_the_plain_one(wrapper, group):
+    """Oracle: one sequence at a time through the plain model, and its gradients."""
+    plain, model = build("gpt2", torch.float64), build("gpt2", torch.float64)
+    tokens, mask = batch()
+    expected = scored_alone(plain, tokens, mask, C)
+    with torch.compiler.set_stance("force_eager"):
+        found = completion_log_probs(
+            WRAPPERS[wrapper](model), tokens, mask, C, samples_per_prompt=group
+        )
+    torch.testing.assert_close(found, expected, **EXACT)
+    wanted = gradients(plain, expected)
+    assert wanted.keys() == gradients(model, found).keys()
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_wrapper_that_changes_the_logits_is_heard(shown):
+    """Oracle: the plain model at another temperature, which divides the logits as the wrapper
+    does."""
+
+    class Halved(Seen if shown else Wrapped):
+        def forward(self, *args, **kwargs):
+            output = self.inner(*args, **kwargs)
+            output.logits = output.logits / 2
+            return output
+
+    model = build("gpt2", torch.float64)
+    tokens, mask = batch()
+    expected = completion_log_probs(model, tokens, mask, C, 2.0)
+    torch.testing.assert_close(
+        completion_log_probs(Halved(model), tokens, mask, C), expected, **EXACT
+    )
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_prompt_is_shared_whatever_the_cache_is_called(name):
+    """Oracle: the plain model, and the shapes of the tokens that reach the trunk."""
+    model, shapes = with_cache_called(name), []
+    tokens, mask = batch(padded=False)
+    completion_log_probs(model, tokens, mask, C)
+    count_positions(model.transformer, shapes)
+    found = completion_log_probs(model, tokens, mask, C, samples_per_prompt=GROUP)
+    assert shapes == [(3, P), (6, C - 1)]
+    torch.testing.assert_close(
+        found, completion_log_probs(build("gpt2"), tokens, mask, C), rtol=1e-5, atol=1e-5
+    )
+
+
+def families():
+    """All small models, each with a batch without padding where it reads padding."""
+    for name in CONFIGS | OTHERS:
+        yield name, name not in ("rwkv", "bart")
+
+
+@pytest.mark.parametrize("group", [1, 2, 3])
+@pytest.mark.parametrize(("name", "padded"), families())
+def test_every_family_is_scored_and_valued_as_each_sequence_alone(name, padded, group):
+    """Oracle: one sequence at a time, without padding, cache or sharing."""
+    model = build(name)
+    tokens, mask = batch(padded)
+    rows = torch.arange(3).repeat_interleave(group)
+    tokens = torch.cat([tokens[rows * 2, :P], tokens[torch.arange(len(rows)) % 6, P:]], 1)
+    mask = torch.cat([mask[rows * 2, :P], mask[torch.arange(len(rows)) % 6, P:]], 1)
+    with torch.no_grad():
+        expected = scored_alone(model, tokens, mask, C)
+        found = completion_log_probs(model, tokens, mask, C, samples_per_prompt=group)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        value = ValueModel(model)
+        torch.nn.init.normal_(value.head.weight, generator=torch.Generator().manual_seed(0))
+        found = value(tokens, mask, C, samples_per_prompt=group)
+        alone = torch.zeros_like(found)
+        for i, counted in enumerate(mask.bool()):
+            ids, count = tokens[i][counted][None], int(mask[i, P:].sum())
+            if count:
+                alone[i, :count] = value(ids, torch.ones_like(ids), count)
+    torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("spread", [0.4, 0.02])
+@pytest.mark.parametrize("size", [31, 8192])
+@pytest.mark.parametrize("what", ["recurrent", "positions of its own"])
+def test_a_model_that_reads_padding_is_refused_if_there_is_any(what, size, spread):
+    """Oracle: the same rows alone, which differ in the plain forward pass; fresh and peaked, small
+    and large vocabularies."""
+    if what == "recurrent":
+        model = build("rwkv", vocab_size=size, spread=spread)
+    else:
+        # told the mask but not the positions: GPT-2 counts padding as places
+        class Closed(Wrapped):
+            def forward(self, input_ids, attention_mask=None):
+                return self.inner(input_ids, attention_mask=attention_mask)
+
+        model = Closed(build("gpt2", vocab_size=size, spread=spread))
+    tokens, mask = batch()
+    for call in (completion_log_probs, lambda model, *args: ValueModel(model)(*args)):
+        if call is not completion_log_probs and what != "recurrent":
+            continue
+        with pytest.raises(ValueError, match="attention_mask holds padding"):
+            call(model, tokens, mask, C)
+    tokens, mask = batch(padded=False)
+    with torch.no_grad():
+        found = completion_log_probs(model, tokens, mask, C)
+        torch.testing.assert_close(
+            found, scored_alone(model, tokens, mask, C), rtol=1e-4, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt_neox"])
+def test_a_model_of_both_directions_is_refused_and_one_of_one_is_not(name):
+    """Oracle: the configuration: BERT reads in one direction if told so; GPT-NeoX has the same
+    setting and always does."""
+    tokens, mask = batch(padded=False)
+    if name == "gpt_neox":
+        completion_log_probs(build(name), tokens, mask, C)
+        return
+    shape = {"vocab_size": VOCABULARY, "hidden_size": 24, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 3, "intermediate_size": 40}
+    for told in (False, True):
+        torch.manual_seed(0)
+        config = CONFIG_MAPPING["bert"](**shape, is_decoder=told)
+        model = AutoModelForCausalLM.from_config(config).eval()
+        if told:
+            found = completion_log_probs(model, tokens, mask, C)
+            expected = scored_alone(model, tokens, mask, C)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        else:
+            with pytest.raises(ValueError, match=r"both directions.*is_decoder=True"):
+                completion_log_probs(model, tokens, mask, C)
+
+
+@pytest.mark.parametrize("group", [1, GROUP])
+def test_a_model_that_answers_with_tuples_is_scored(group):
+    """Oracle: the same model with named answers; its configuration is as before."""
+    model = build("gpt2", return_dict=False)
+    tokens, mask = batch()
+    expected = completion_log_probs(build("gpt2"), tokens, mask, C)
+    found = completion_log_probs(model, tokens, mask, C, samples_per_prompt=group)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert model.config.return_dict is False
+
+
+def adapters(name):
+    layers = ["q_proj", "v_proj"] if name == "llama" else ["c_attn"]
+    words = "embed_tokens" if name == "llama" else "wte"
+    options = {"fan_in_fan_out": name == "gpt2", "task_type": "CAUSAL_LM"}
+    return {
+        "an adapter": peft.LoraConfig(target_modules=[*layers, words], **options),
+        "some tokens": peft.LoraConfig(
+            target_modules=layers, trainable_token_indices=[1, 2], **options
+        ),
+        "saved whole": peft.LoraConfig(target_modules=layers, modules_to_save=[words], **options),
+        "head and words": peft.LoraConfig(
+            target_modules=layers, modules_to_save=[words, "lm_head"], **options
+        ),
+        "ada": peft.AdaLoraConfig(target_modules=layers, total_step=10, **options),
+    }
+
+
+@pytest.mark.parametrize("how", adapters("gpt2"))
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_every_adapter_on_the_embedding_leaves_the_numbers_of_a_fresh_one(name, how):
+    """Oracle: the plain model."""
+    tokens, mask = batch()
+    expected = completion_log_probs(build(name), tokens, mask, C)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(build(name), adapters(name)[how]).eval()
+    found = completion_log_probs(model, tokens, mask, C, samples_per_prompt=GROUP)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert not ValueModel(model)(tokens, mask, C).any()
+    wrong = change(tokens, (0, 0), VOCABULARY)
+    with pytest.raises(ValueError, match=r"tokens.*\[0, 29\)"):
+        completion_log_probs(model, wrong, mask, C)

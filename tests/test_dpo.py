@@ -9,6 +9,8 @@ import torch
 import trl_stubs
 from architectures import EOS, build
 from numbers_and_words import letters, normal, value_and_gradient
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from rlhf_helpers import models, preferences
 from rlhf_helpers.algorithms import dpo
@@ -409,6 +411,38 @@ def test_a_stale_cache_is_refused_and_kept(case, tmp_path):
     assert path.read_bytes() == before
 
 
+def test_every_byte_of_a_cache_counts(tmp_path):
+    """Each byte changed in turn: refused by name, or the same numbers."""
+    model, path = build("gpt2"), tmp_path / "reference.safetensors"
+    wanted, refused = dpo.cached_log_probs(path, model, EXAMPLES[:2], EOS), 0
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        changed = bytearray(whole)
+        changed[place] ^= 0x40
+        path.write_bytes(changed)
+        try:
+            found = dpo.cached_log_probs(path, model, EXAMPLES[:2], EOS)
+        except ValueError as error:
+            assert "delete it" in str(error)  # noqa: PT017
+            refused += 1
+        else:
+            assert torch.equal(found, wanted)
+    assert refused > 0.9 * len(whole)
+
+
+def test_a_cache_of_another_shape_or_type_is_refused(tmp_path):
+    model, path = build("gpt2"), tmp_path / "reference.safetensors"
+    numbers = dpo.cached_log_probs(path, model, EXAMPLES, EOS)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    odd = {"whole": numbers.int(), "double": numbers.double(), "short": numbers[1:]}
+    odd |= {"turned": numbers.T.contiguous(), "nan": numbers * math.nan}
+    for values in odd.values():
+        save_file({"log_probs": values}, path, metadata=metadata)
+        with pytest.raises(ValueError, match="no whole cache"):
+            dpo.cached_log_probs(path, model, EXAMPLES, EOS)
+
+
 def test_a_cached_run_is_the_same_run(tokenizer, tmp_path):
     """Oracle: weights after training, to the bit."""
     found = []
@@ -543,6 +577,53 @@ def test_online_dpo_finds_the_optimal_policy():
     assert history[0].kl == pytest.approx(0.0, abs=1e-6)
     exact = enumerable.kl(found, reference).item()
     assert history[-1].kl == pytest.approx(exact, abs=0.5)
+
+
+def small_online(judge, iterations=4, **changes):
+    policy = enumerable.small_gpt2(4, 2, seed=0, spread=0.5)
+    tokenizer = enumerable.tokenizer(enumerable.language(4, 2))
+    config = Config(iterations=iterations, prompts=8, max_new_tokens=2, batch_size=4, **changes)
+    return dpo.online(policy, tokenizer, [""], judge, config)
+
+
+def test_an_iteration_without_a_pair_is_skipped_and_counted():
+    """Oracle: by hand; the judge ties in the first and third iteration, and the weights stay."""
+    calls = []
+
+    def judge(prompts, completions, **_):
+        calls.append(len(prompts))
+        return [float(len(calls) % 2 == 0 and i % 2) for i in range(len(prompts))]
+
+    history = list(small_online(judge))
+    assert [one.pairs > 0 for one in history] == [False, True, False, True]
+    assert [math.isnan(one.loss) for one in history] == [True, False, True, False]
+    assert all(math.isfinite(one.kl) for one in history)
+    assert history[1].kl == pytest.approx(0.0, abs=1e-6)  # nothing was learned before
+
+
+def test_ties_for_some_prompts_leave_the_others():
+    judge = lambda prompts, completions, **_: [float(i == 1) for i in range(len(prompts))]  # noqa: E731
+    assert all(one.pairs <= 1 for one in small_online(judge, samples_per_prompt=4))
+
+
+def test_a_run_without_any_pair_says_why():
+    """Oracle: by hand: ties, equal responses, one kept."""
+    with pytest.raises(ValueError, match="equal scores to 32 of the prompts"):
+        list(small_online(lambda prompts, completions, **_: [1.0] * len(prompts)))
+    tokenizer = enumerable.tokenizer(enumerable.language(4, 2))
+    silent = enumerable.small_gpt2(4, 2, seed=0, spread=0.5)
+    with torch.no_grad():  # a constant hidden state whose likeliest token is the end
+        for norm in (silent.transformer.ln_f.weight, silent.transformer.ln_f.bias):
+            norm.zero_()
+        silent.transformer.ln_f.bias.copy_(1000 * silent.lm_head.weight[0])
+    judge = lambda prompts, completions, **_: [float(i) for i in range(len(prompts))]  # noqa: E731
+    config = Config(iterations=1, prompts=3, max_new_tokens=2)
+    with pytest.raises(ValueError, match="equal responses to 3 of the prompts"):
+        list(dpo.online(silent, tokenizer, [""], judge, config))
+    config = Config(samples_per_prompt=2, max_new_tokens=2, beta=1e-6)
+    policy = enumerable.small_gpt2(4, 2, seed=0, spread=0.5)
+    with pytest.raises(ValueError, match="one response to 5 of the prompts"):
+        dpo.rejection_sampled(policy, tokenizer, [""] * 5, judge, config)
 
 
 def test_what_rejection_sampling_keeps_comes_from_the_optimal_policy():

@@ -1,11 +1,14 @@
 """Notebooks with a language model run from top to bottom at scale gpt2, offline, from a hub cache
 on disk.
 
-The models under the real names are small and random, so only that every cell runs is checked here.
+The models under the real names are small and random, so no number means anything. What is checked
+is that every cell runs and says something, that nothing is claimed that was not measured, and that
+texts stay texts: the reviews there hold what would be an element, a role or a formula on a page.
 """
 
 import json
 import os
+import re
 
 import fake_hub
 import nbrun
@@ -13,13 +16,21 @@ import pytest
 
 NOTEBOOKS = [p for p in nbrun.find_notebooks() if nbrun.read(p).metadata["needs_model"]]
 
+HOSTILE = [
+    "near <script>alert(1)</script>",
+    "at {download}`../secret`",
+    "for $5 or $6, **so** _so_",
+]
+
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub")
-    fake_hub.make(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fake_hub, "PLACES", [*HOSTILE, *fake_hub.PLACES[:2]])
+        fake_hub.make(folder)
     return folder
 
 
@@ -33,3 +44,11 @@ def test_it_runs_from_a_hub_cache(path, hub, monkeypatch):
     notebook, _, _ = nbrun.execute(path)  # raises at the first cell that fails
     printed = json.dumps([cell.get("outputs", []) for cell in notebook.cells])
     assert "scale gpt2" in printed
+    for now, stored in zip(notebook.cells, nbrun.read(path).cells, strict=True):
+        assert now.get("outputs") or not stored.get("outputs"), now.source
+        for output in now.get("outputs", []):
+            shown = output.get("data", {}).get("text/markdown", "")
+            if not shown.startswith("`rlhf_helpers/"):  # printed code
+                assert not re.search(r"<script|</|\{download|\$5|\*\*so|_so_", shown), shown
+            for line in output.get("text", "").splitlines():
+                assert not re.match("[✓✗].*recorded", line), line

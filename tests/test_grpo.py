@@ -3,6 +3,7 @@ to the bit, groups that teach nothing, and the optimum that can be listed."""
 
 import copy
 import math
+import warnings
 import zlib
 
 import pytest
@@ -226,7 +227,7 @@ def test_rounds_of_one_iteration_are_each_noted_under_their_own_kinds():
 
 def test_a_run_goes_on_with_its_own_kinds_only(tmp_path):
     weights_after(tmp_path, stop=2, kinds=["a", "b", "b", "a"])
-    with pytest.raises(ValueError, match="prompts"):
+    with pytest.raises(ValueError, match="kinds is"):
         weights_after(tmp_path, kinds=["a", "a", "b", "b"])
 
 
@@ -345,6 +346,20 @@ def test_bad_settings_are_named(change, message):
     config = Config(**{**SMALL.__dict__, **change})
     with pytest.raises(ValueError, match=message):
         next(grpo.train(build("gpt2"), Letters(), PROMPTS, early_letters, config))
+
+
+@pytest.mark.parametrize("importance", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
+def test_settings_that_undo_each_other_get_a_warning(importance, loss_type):
+    """Oracle: the combinations of which TRL says that they are not GSPO."""
+    config = Config(**{**SMALL.__dict__, "importance": importance, "loss_type": loss_type})
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        grpo.check(config, PROMPTS, None, None)
+    expected = importance == "sequence" and loss_type != "grpo"
+    assert [loss_type in str(w.message) and "not GSPO" in str(w.message) for w in said] == (
+        [True] * expected
+    )
 
 
 def test_bad_prompts_columns_and_kinds_are_named():

@@ -1,15 +1,17 @@
 """Imports go one way, and the package says in pyproject.toml what it needs."""
 
 import ast
+import importlib.metadata
 import importlib.util
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import build_equations
+import nbrun
 import pytest
-import tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 MATHEMATICS = set(build_equations.MATHEMATICS)
@@ -123,13 +125,74 @@ def test_importing_the_package_loads_no_framework():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-def test_every_import_is_a_declared_dependency():
+def in_code_cells(path):
+    """Full names of the modules that the code of a notebook imports."""
+    for cell in nbrun.read(path).cells:
+        if cell.cell_type == "code":
+            tree = ast.parse(re.sub(r"^(\s*)[%!].*", r"\1pass", cell.source, flags=re.M))
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Import):
+                    yield from (alias.name for alias in node.names)
+                elif isinstance(node, ast.ImportFrom):
+                    yield node.module
+
+
+def needs(*extras):
+    """Requirements of the package, with those of some extras."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"].values()
-    needs = project["dependencies"] + [need for extra in extras for need in extra]
-    declared = {re.match(r"[\w-]+", need)[0].lower() for need in needs}
-    outside = {module.split(".")[0] for path in MODULES for module in imported(path)}
-    assert {
-        name.lower() for name in outside - set(sys.stdlib_module_names) - {"rlhf_helpers"}
-    } <= declared
-    assert all(re.fullmatch(r"[\w-]+>=[\d.]+", need) for need in needs), "lower bounds only"
+    more = [project["optional-dependencies"][extra] for extra in extras]
+    return project["dependencies"] + [need for extra in more for need in extra]
+
+
+def canonical(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def declared(*extras):
+    """Names that can be imported with these extras: what the required packages hold themselves."""
+    wanted = {
+        re.sub(r"[-_.]+", "-", re.match(r"[\w-]+", need)[0]).lower() for need in needs(*extras)
+    }
+    owners = importlib.metadata.packages_distributions()
+    return {"rlhf_helpers"} | {
+        name for name, packages in owners.items() if wanted & set(map(canonical, packages))
+    }
+
+
+def outside(modules):
+    return {module.split(".")[0] for module in modules} - set(sys.stdlib_module_names)
+
+
+def test_every_import_is_a_declared_dependency():
+    found = outside(module for path in MODULES for module in imported(path)) - {"ipywidgets"}
+    assert found <= declared("lm")
+    assert "ipywidgets>=7.7" in needs("labelling")
+    every = needs("lm", "labelling")
+    assert all(re.fullmatch(r"[\w-]+>=[\d.]+", need) for need in every), "lower bounds only"
+
+
+@pytest.mark.parametrize("path", nbrun.find_notebooks(), ids=lambda path: path.stem)
+def test_every_import_of_a_notebook_comes_with_what_its_set_up_cell_installs(path):
+    """In Colab there is the package and what it declares, nothing else that could be relied on."""
+    extras = ["lm"] if nbrun.read(path).metadata["needs_model"] else []
+    assert outside(in_code_cells(path)) <= declared(*extras)
+
+
+BLOCKED = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {names}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Blocked())
+"""
+
+
+def test_chapters_without_a_language_model_need_no_package_for_one():
+    """Oracle: their imports, in a process in which those packages cannot be found."""
+    chapters = [p for p in nbrun.find_notebooks() if not nbrun.read(p).metadata["needs_model"]]
+    assert len(chapters) >= 3
+    lines = {f"import {name}" for path in chapters for name in in_code_cells(path)}
+    code = BLOCKED.format(names=declared("lm") - declared()) + "\n".join(sorted(lines))
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

@@ -7,11 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import pytest
-import tomllib
 from nbrun import ROOT
 
 from rlhf_helpers import preferences

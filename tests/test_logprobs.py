@@ -355,6 +355,16 @@ def test_masked_whiten_equals_whitening_the_selected_entries(shift_mean, eps):
     )
 
 
+@pytest.mark.parametrize("shape", [(6,), (2, 3), (1, 2, 3), (6, 1)])
+def test_whitening_keeps_the_shape(shape):
+    """Oracle: the same six numbers as a vector, by NumPy."""
+    values = random_logits(6)
+    expected = (values.numpy() - values.numpy().mean()) / values.numpy().std(ddof=1)
+    found = masked_whiten(values.reshape(shape), torch.ones(shape))
+    assert found.shape == shape
+    np.testing.assert_allclose(found.flatten().numpy(), expected, rtol=1e-7)
+
+
 @pytest.mark.equation("eq:masked-whiten")
 def test_whitened_values_have_mean_zero_and_unbiased_variance_one():
     """Oracle: numpy.ma.var(ddof=1) of the result."""

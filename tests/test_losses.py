@@ -273,6 +273,41 @@ def test_clip_fraction_uses_each_side_of_an_asymmetric_range():
     assert float(result.clip_fraction) == pytest.approx(2 / 3)
 
 
+def test_a_token_without_an_advantage_is_not_cut():
+    """Oracle: by hand: of four tokens outside the range on either side, two have A = 0, as all
+    tokens of a constant group have: no clip takes a gradient from them."""
+    log_ratios = torch.tensor([[1.5, 0.5, 1.5, 0.5]], dtype=torch.float64).log()
+    advantages = torch.tensor([[0.0, 0.0, 1.0, -1.0]], dtype=torch.float64)
+    result = ppo_clip_loss(log_ratios, torch.zeros_like(log_ratios), advantages)
+    assert float(result.clip_fraction) == 0.5
+
+
+def test_what_is_constant_gets_no_gradient():
+    """Oracle: autograd's own bookkeeping: only the policy's log-probabilities and the values are
+    trained."""
+    x, *constants = random_tensors(5)
+    x.requires_grad_()
+    old, advantages, ref, returns = (each.requires_grad_() for each in constants)
+    for loss in (
+        policy_gradient_loss(x, advantages),
+        ppo_clip_loss(x, old, advantages, dual_clip=1.1).loss,
+        value_loss(x, old, returns, clip=0.1),
+        *(
+            grpo_loss(
+                *(x, old, advantages, MASK),
+                ref_log_probs=ref,
+                beta=0.3,
+                importance=importance,
+                bias_correct_kl=correct,
+            ).loss
+            for importance, correct in itertools.product(IMPORTANCE, (False, True))
+        ),
+    ):
+        loss.backward()
+    assert x.grad is not None
+    assert all(each.grad is None for each in constants)
+
+
 def test_approximate_kl_is_the_masked_mean_of_r_minus_one_minus_log_r():
     """Oracle: a loop in Python floats over the unmasked tokens."""
     log_probs, old, advantages = ppo_batch()

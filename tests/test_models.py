@@ -2,6 +2,7 @@
 head."""
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -9,12 +10,14 @@ import sys
 import fake_hub
 import pytest
 import torch
+from architectures import build
 from peft import IA3Config, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from transformers import (
     GPT2Config,
+    GPT2ForSequenceClassification,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
@@ -28,6 +31,7 @@ from transformers import (
 )
 
 from rlhf_helpers import models
+from rlhf_helpers.algorithms import reward_model
 from rlhf_helpers.models import ValueModel, decode, encode_prompts, lora_policy, reference
 
 WORDS = ["the", "plot", "was", "good", "bad", "and", "slow", ","]
@@ -311,14 +315,13 @@ def test_prompts_that_cannot_be_encoded_are_refused():
 
 
 def test_the_mask_and_not_the_token_decides_what_is_decoded():
-    """Oracle: by hand; pad is eos here, a counted eos is dropped as special and what follows
-    counts."""
+    """Oracle: by hand; pad is eos here, and a text ends at a counted eos."""
     _, tokenizer = models.load(tiny(), STYLES["gpt2"]()[0])
     end, good, bad = tokenizer.convert_tokens_to_ids([END, "good", "bad"])
     tokens = torch.tensor([[good, end, bad], [good, bad, end], [end, good, bad]])
     mask = torch.tensor([[1, 1, 0], [1, 1, 1], [0, 1, 1]])
     assert decode(tokenizer, tokens, mask) == ["good", "good bad", "good bad"]
-    assert decode(tokenizer, tokens, torch.ones_like(mask).bool())[0] == "good bad"
+    assert decode(tokenizer, tokens, torch.ones_like(mask).bool()) == ["good", "good bad", ""]
     with pytest.raises(ValueError, match="shapes differ"):
         decode(tokenizer, tokens, mask[:, 1:])
 
@@ -478,11 +481,20 @@ def test_the_reference_gives_no_gradient_and_leaves_the_policy_as_it_was(adapter
     assert policy(torch.tensor([[1, 2]])).logits.grad_fn is not None
 
 
-def test_an_adapter_that_is_not_lora_has_no_reference():
-    """Oracle: the specification; IA3 has no matrix that shows whether it was trained."""
-    policy = get_peft_model(tiny(), IA3Config(task_type="CAUSAL_LM"))
-    with pytest.raises(ValueError, match="not a fresh one from lora_policy"):
-        reference(policy)
+def test_an_adapter_of_another_kind_has_a_copy_as_its_reference():
+    """Oracle: the output before the first update; IA3 has no matrix that shows whether it was
+    trained, so switching it off proves nothing."""
+    policy = get_peft_model(
+        tiny(), IA3Config(task_type="CAUSAL_LM", target_modules=["c_attn"], feedforward_modules=[])
+    ).eval()
+    start, frozen = logits_of(policy), reference(policy)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.5)
+    assert not torch.equal(logits_of(policy), start)
+    with frozen() as model:
+        assert torch.equal(logits_of(model), start)
 
 
 def test_a_trained_adapter_has_no_reference_of_its_own(tmp_path):
@@ -732,3 +744,220 @@ def test_without_network_and_cache_two_lines_say_what_to_do(tmp_path):
     missing, remedy = run.stdout.splitlines()
     assert "No model 'gpt2'" in missing
     assert all(words in remedy for words in ("Connect", "RLHF_SCALE=tiny", "path"))
+
+
+def test_values_ask_of_their_input_what_scoring_asks():
+    """Oracle: the specification; the prompt of one row is padded on the right."""
+    value, (tokens, mask) = ValueModel(tiny()), batch()
+    right = mask.clone()
+    right[1, 3] = 0
+    wrong = tokens.clone()
+    wrong[0, 3] = 32
+    long = torch.ones(1, 33, dtype=torch.long)
+    for given, message in (
+        ((tokens, 2 * mask, 3), "attention_mask"),
+        ((tokens, mask * 0.5, 3), "attention_mask"),
+        ((tokens, torch.where(mask == 1, 0.0, -torch.inf), 3), "attention_mask"),
+        ((tokens, right, 3), "attention_mask.*row 1.*left"),
+        ((wrong, mask, 3), r"tokens.*\[0, 32\)"),
+        ((long, long, 3), r"tokens: 33 .*context of 32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            value(*given)
+
+
+# What a folder holds
+
+
+def folder_of(model, path, **options):
+    """The model and a tokenizer, saved; the path of the folder."""
+    tokenizer, _ = STYLES["gpt2"]()
+    model.save_pretrained(path, **options)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def rewrite(path, change):
+    """The weights of a folder, changed: by name and tensor to names and tensors."""
+    weights = load_file(path / "model.safetensors")
+    weights = dict(pair for name, each in weights.items() for pair in change(name, each))
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+
+
+DAMAGES = {
+    "missing": (lambda name, each: [(name, each)] * (".h.1." not in name), r"h\.1\."),
+    "renamed": (lambda name, each: [(f"module.{name}", each)], "transformer|score"),
+    "extra": (lambda name, each: [(name, each), ("more.weight", torch.ones(2))], r"more\.weight"),
+    "of another shape": (
+        lambda name, each: [(name, each[:3] if name.endswith("wpe.weight") else each)],
+        r"wpe\.weight",
+    ),
+    "not finite": (
+        lambda name, each: [(name, each * float("nan") if "ln_f.bias" in name else each)],
+        r"ln_f\.bias",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ["language model", "reward model"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_folder_without_all_weights_or_with_others_is_refused_by_name(tmp_path, kind, damage):
+    """Oracle: the same folder before it was changed is read, and gives the same numbers."""
+    tokenizer, _ = STYLES["gpt2"]()
+    model, read = tiny(), models.load
+    if kind == "reward model":
+        model, read = reward_model.load(model, tokenizer)[0], reward_model.load
+        torch.nn.init.normal_(model.score.weight)
+    folder_of(model, tmp_path)
+    again, _ = read(tmp_path)
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
+    )
+    change, named = DAMAGES[damage]
+    rewrite(tmp_path, change)
+    with pytest.raises((ValueError, OSError), match=named) as caught:
+        read(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_reward_model_keeps_its_head_and_is_no_language_model(tmp_path):
+    """Oracle: the scores before it was saved; a head that the file lacks or holds in vain."""
+    judge, tokenizer = reward_model.load(tiny(), STYLES["gpt2"]()[0])
+    torch.nn.init.normal_(judge.score.weight)
+    folder_of(judge, tmp_path)
+    expected = reward_model.scores(judge, tokenizer, ["the"], ["plot was good"])
+    assert expected.abs() > 0.01
+    for source in (tmp_path, str(tmp_path), judge):
+        again, _ = reward_model.load(source, tokenizer)
+        assert torch.equal(
+            reward_model.scores(again, tokenizer, ["the"], ["plot was good"]), expected
+        )
+        assert again is not judge
+    with pytest.raises(ValueError, match=r"no place for: score\.weight"):
+        models.load(tmp_path)
+    rewrite(tmp_path, lambda name, each: [(name, each)] * (name != "score.weight"))
+    with pytest.raises(ValueError, match=r"no trained weights for score\.weight"):
+        reward_model.load(tmp_path)
+
+
+def test_a_classifier_of_many_labels_is_no_reward_model(tmp_path):
+    """Oracle: the specification."""
+    config = GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, num_labels=3)
+    folder_of(GPT2ForSequenceClassification(config), tmp_path)
+    with pytest.raises(ValueError, match="3 scores"):
+        reward_model.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["ctrl", "bloom"])
+def test_a_family_without_a_score_has_no_reward_model(name):
+    """Oracle: the library: CTRL has a classifier with a head of another name, BLOOM has a score."""
+    model, tokenizer = build(name, vocab_size=32), STYLES["gpt2"]()[0]
+    if name == "bloom":
+        assert not reward_model.load(model, tokenizer)[0].score.weight.any()
+        return
+    with pytest.raises(ValueError, match=r"no classifier with one score.*CTRL"):
+        reward_model.load(model, tokenizer)
+
+
+def test_a_tokenizer_with_more_words_than_the_model_is_refused():
+    """Oracle: the model's rows; the word that has none."""
+    tokenizer, _ = STYLES["gpt2"]()
+    with pytest.raises(ValueError, match=r"tokenizer: 3 of its words, from 'and' = 6 on.*of 6"):
+        models.load(tiny(vocabulary=6), tokenizer)
+
+
+def test_the_tokenizer_of_a_model_with_an_adapter_on_its_embedding_is_made_safe():
+    """Oracle: the pad token of the plain model."""
+    tokenizer, pad = STYLES["llama"]()
+    policy = lora_policy(tiny(), target_modules=["c_attn", "wte"])
+    assert models.load(policy, tokenizer)[1].pad_token == pad
+
+
+@pytest.mark.parametrize("read", [models.load, reward_model.load])
+@pytest.mark.parametrize(
+    ("named", "read_it"),
+    [
+        ("inside.bin", False),
+        ("../outside.bin", False),
+        ("{folder}/outside.bin", False),
+        ("../outside.safetensors", False),
+        ("link.safetensors", False),
+        ("model-1.safetensors", True),
+    ],
+)
+def test_an_index_names_only_safetensors_of_its_own_folder(tmp_path, read, named, read_it):
+    """Oracle: the specification; all those files hold the right weights."""
+    model = tiny()
+    folder = folder_of(model, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    for path in (folder / "inside.bin", tmp_path / "outside.bin"):
+        torch.save(weights, path)
+    for path in (folder / "model-1.safetensors", tmp_path / "outside.safetensors"):
+        save_file(weights, path, metadata={"format": "pt"})
+    (folder / "link.safetensors").symlink_to(tmp_path / "outside.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, named.format(folder=tmp_path))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    if read_it:
+        read(folder)
+        return
+    with pytest.raises(OSError, match=r"names .* only safetensors files") as caught:
+        read(folder)
+    assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("named", ["adapter_model.bin", "../outside.safetensors", "x.index.json"])
+def test_a_configuration_names_no_other_file_either(tmp_path, named):
+    """Oracle: the specification; the library would unpickle the first."""
+    folder = folder_of(tiny(), tmp_path / "model")
+    torch.save(load_file(folder / "model.safetensors"), folder / "adapter_model.bin")
+    config = json.loads((folder / "config.json").read_text()) | {"transformers_weights": named}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(OSError, match=r"names|safetensors"):
+        models.load(folder)
+
+
+def test_the_folder_of_an_adapter_says_how_to_read_it(tmp_path):
+    """Oracle: the specification; its settings name a model that would be read without a check."""
+    lora_policy(tiny()).save_pretrained(tmp_path)
+    tiny().config.save_pretrained(tmp_path)
+    with pytest.raises(OSError, match=r"holds an adapter.*PeftModel\.from_pretrained"):
+        models.load(tmp_path)
+
+
+FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+FILES += ["model.safetensors.index.json"]
+
+
+@pytest.mark.parametrize("how", ["empty", "cut", "a list", "bytes"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_is_an_error_that_names_the_folder_and_not_the_hub(tmp_path, name, how):
+    """Oracle: the specification; the folder is there, so that no one need connect."""
+    shards = {"max_shard_size": "4KB"} if "index" in name else {}
+    path = folder_of(tiny(), tmp_path, **shards) / name
+    whole = path.read_bytes()
+    damaged = {"empty": b"", "cut": whole[: len(whole) // 2], "a list": b"[1, 2]"}
+    path.write_bytes(damaged.get(how, bytes(range(256)) * 4))
+    with pytest.raises(OSError, match=r"cannot be read: .") as caught:
+        models.load(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    assert "hub" not in str(caught.value)
+
+
+def test_folders_and_files_of_another_kind_are_not_called_absent(tmp_path):
+    """Oracle: the specification."""
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    for source, message in (
+        (tmp_path, "cannot be read"),
+        (tmp_path / "model.gguf", "is a file; pass the folder"),
+    ):
+        with pytest.raises(OSError, match=message) as caught:
+            models.load(source)
+        assert str(source) in str(caught.value)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "nowhere"])
+def test_a_device_that_is_not_there_is_refused_by_name(device):
+    """Oracle: the specification."""
+    with pytest.raises(ValueError, match=f"device='{device}' is not here"):
+        models.load(tiny(), STYLES["gpt2"]()[0], device=device)

@@ -464,6 +464,36 @@ def test_every_prompt_is_used_once_a_pass(monkeypatch):
     assert len(set(map(tuple, passes))) > 2
 
 
+def test_the_kl_that_is_logged_is_that_of_the_last_mini_batch_before_its_step(monkeypatch):
+    """Oracle: Schulman's estimate from the log-probabilities of the batch and those just before the
+    last step, on the prompts of that step alone."""
+    run = started()
+    batch = collected(run)
+    step, seen = ppo.step, []
+
+    def watched(run, batch, prompts, config, ptx, first):
+        rows = (prompts[:, None] * config.samples_per_prompt + torch.arange(3)).flatten()
+        where = (batch.tokens[rows], batch.attention_mask[rows], batch.mask.shape[1])
+        with torch.no_grad():
+            now = completion_log_probs(run.policy, *where, config.temperature)
+        difference = (now - batch.old_log_probs[rows])[batch.mask[rows]].double()
+        seen.append((difference.exp() - 1 - difference).mean().item())
+        return step(run, batch, prompts, config, ptx, first)
+
+    monkeypatch.setattr(ppo, "step", watched)
+    found = ppo.update(run, batch, SMALL)
+    assert found["approx_kl"] == pytest.approx(seen[-1], rel=1e-3)
+    assert seen[-1] != pytest.approx(sum(seen) / len(seen), rel=0.1)
+
+
+def test_a_batch_of_one_completion_has_no_spread():
+    """Oracle: by hand: 0, not NaN."""
+    config = dataclasses.replace(SMALL, prompts=1, samples_per_prompt=1, whiten=False)
+    run = started(config)
+    batch = collected(run, config, PROMPTS[:1])
+    assert ppo.measure(run, batch, config)["score_std"] == 0.0
+
+
 def test_updates_end_early_when_the_policy_has_gone_far():
     """Oracle: the KL of each update in the run that goes on: the first above 1.5 times the limit is
     the last one done."""
@@ -733,6 +763,10 @@ def test_a_reward_that_is_nan_is_refused_with_its_example():
         ({"baseline": "critic"}, "baseline='critic' is unknown"),
         ({"baseline": "group", "samples_per_prompt": 1}, "samples_per_prompt of 2"),
         ({"mini_batches": 3}, "mini_batches=3 must divide the 4 prompts"),
+        (
+            {"prompts": 1, "samples_per_prompt": 1, "mini_batches": 1},
+            "prompts=1 with samples_per_prompt=1 is a batch of one completion",
+        ),
         ({"kl_target": 1.0, "kl_coefficient": 0.0}, "coefficient=0.0"),
         ({"ptx_coefficient": 0.1}, "ptx is empty"),
         *[({name: 0}, f"{name}=0 must lie") for name in ppo._COUNTS],
@@ -745,6 +779,7 @@ def test_a_reward_that_is_nan_is_refused_with_its_example():
                 "entropy_coefficient",
                 "ptx_coefficient",
                 "missing_end_penalty",
+                "value_coefficient",
             )
         ],
         *[({name: 1.5}, f"{name}=1.5 must lie") for name in ("gamma", "lam", "warm_up")],
@@ -914,8 +949,63 @@ def test_a_run_does_not_go_on_from_another_reference(tmp_path, lora):
     changed = small_policy(lora)
     with torch.no_grad():
         changed.get_input_embeddings().weight[0, 0] += 1.0
-    with pytest.raises(ValueError, match="reference"):
+    with pytest.raises(ValueError, match="load the policy anew"):
         next(going(tmp_path, changed))
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("share_trunk", [False, True])
+def test_a_shared_trunk_is_trained_once_and_goes_on(tmp_path, share_trunk, lora):
+    """Oracle: each parameter stands in one group, the shared ones at the policy's rate; the same
+    run without a pause, to the bit."""
+    config = dataclasses.replace(LONG, iterations=4, value_coefficient=0.5, micro_batch=1)
+
+    def run(folder=None):
+        policy = small_policy(lora)
+        value_model = models.ValueModel(policy, share_trunk=share_trunk)
+        torch.manual_seed(3)
+        torch.nn.init.normal_(value_model.head.weight)
+        run = ppo.start(policy, TOKENIZER, config, value_model)
+        owned = [{id(p) for p in group["params"]} for group in run.optimizer.param_groups]
+        assert not owned[0] & owned[1]
+        assert owned[0] == {id(p) for p in policy.parameters() if p.requires_grad}
+        assert owned[0] | owned[1] >= {id(p) for p in value_model.parameters() if p.requires_grad}
+        assert (len(owned[1]) == 2) == share_trunk  # weight and bias of the head
+        return policy, value_model, going(folder, policy, config=config, value_model=value_model)
+
+    policy, value_model, history = run()
+    wanted = without_seconds(history)
+    for count in (1, 3):
+        part = run(tmp_path)[2]
+        for _ in range(count):
+            next(part)
+        part.close()
+    again, value_again, history = run(tmp_path)
+    assert without_seconds(history) == wanted
+    assert digest(again) == digest(policy)
+    assert digest(value_again) == digest(value_model)
+
+
+def test_the_value_coefficient_scales_the_value_loss_alone():
+    """Oracle: with a shared trunk, the gradient of the policy's loss plus that many times the value
+    loss's, each by itself."""
+    grads = {}
+    for coefficient in (0.0, 1.0, 0.25):
+        config = dataclasses.replace(SMALL, value_coefficient=coefficient)
+        policy = small_policy(dtype=torch.float64)
+        value_model = models.ValueModel(policy, share_trunk=True)
+        torch.manual_seed(1)
+        torch.nn.init.normal_(value_model.head.weight)
+        run = ppo.start(policy, TOKENIZER, config, value_model)
+        batch = collected(run, config)
+        loss, _ = ppo.losses(run, batch, torch.arange(len(batch.scores)), config)
+        loss.backward()
+        grads[coefficient] = gradients(run)
+    value = {name: grads[1.0][name] - grads[0.0][name] for name in grads[0.0]}
+    assert biggest(value) > 1e-3
+    assert_close(
+        grads[0.25], {name: grads[0.0][name] + 0.25 * value[name] for name in value}, atol=1e-9
+    )
 
 
 def test_checkpoints_come_when_due_and_at_the_end(tmp_path):
@@ -933,12 +1023,12 @@ def test_another_run_is_not_gone_on_with(tmp_path):
     config = dataclasses.replace(LONG, iterations=2)
     list(going(tmp_path, config=config))
     changed = dataclasses.replace(config, clip=0.3)
-    with pytest.raises(ValueError, match=r"config is .*'clip': 0\.2.*'clip': 0\.3"):
+    with pytest.raises(ValueError, match=r"run: config\['clip'\] is 0\.2 there and 0\.3 here"):
         next(going(tmp_path, config=changed))
     for prompts in (FIVE_PROMPTS[::-1], FIVE_PROMPTS[:4]):
         with pytest.raises(ValueError, match="prompts is"):
             next(going(tmp_path, config=config, prompts=prompts))
-    with pytest.raises(ValueError, match="prompts is"):
+    with pytest.raises(ValueError, match="ptx is"):
         next(
             ppo.train(
                 small_policy(), TOKENIZER, FIVE_PROMPTS, early, config, ptx=PTX[:2], folder=tmp_path

@@ -12,7 +12,14 @@ import trl_stubs
 from numbers_and_words import normal, value_and_gradient
 from scipy.stats import logistic
 
-from rlhf_helpers.losses import bradley_terry_loss, plackett_luce_loss, rao_kupper_loss
+from rlhf_helpers.losses import (
+    DPO_VARIANTS,
+    bradley_terry_loss,
+    dpo_loss,
+    plackett_luce_loss,
+    rao_kupper_loss,
+    simpo_loss,
+)
 
 
 def double(values):
@@ -296,7 +303,7 @@ NAN = torch.tensor([0.0, math.nan])
             lambda: bradley_terry_loss(TWO, TWO, margin=ONE),
             "margin has shape (1,), the scores (2,)",
         ),
-        (lambda: bradley_terry_loss(TWO, TWO, margin=math.inf), "margin[0] is inf"),
+        (lambda: bradley_terry_loss(TWO, TWO, margin=math.inf), "margin=inf must lie in"),
         (lambda: bradley_terry_loss(TWO, TWO, preference=TWO + 1.5), "preference=1.5 must lie in"),
         (lambda: bradley_terry_loss(TWO, TWO, preference=TWO - 0.5), "preference=-0.5 must lie in"),
         (lambda: bradley_terry_loss(TWO, TWO, preference=NAN), "preference[1] is nan"),
@@ -319,3 +326,23 @@ NAN = torch.tensor([0.0, math.nan])
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         call()
+
+
+# log-probabilities
+
+
+@pytest.mark.parametrize("variant", DPO_VARIANTS)
+def test_the_implicit_rewards_carry_no_gradient(variant):
+    """Oracle: autograd's own bookkeeping: only the loss is trained, and only the policy by it."""
+    parts = [each.requires_grad_() for each in -normal(4, 5).abs()]
+    found = dpo_loss(*parts, variant=variant)
+    found.loss.backward()
+    assert not found.chosen_rewards.requires_grad
+    assert not found.rejected_rewards.requires_grad
+    assert [part.grad is None for part in parts] == [False, False, True, True]
+
+
+def test_simpo_names_its_own_margin():
+    """Oracle: the specification: the message names the argument that the caller gave."""
+    with pytest.raises(ValueError, match="gamma"):
+        simpo_loss(-TWO - 1, -TWO - 2, TWO + 1, TWO + 1, gamma=math.nan)

@@ -13,11 +13,14 @@ import choix
 import numpy as np
 import pytest
 import torch
+from architectures import build
 from datasets import Dataset
 from scipy.stats import bootstrap, ks_1samp, logistic
 from statsmodels.stats.inter_rater import aggregate_raters
 
-from rlhf_helpers import models, preferences
+from rlhf_helpers import models, preferences, settings
+from rlhf_helpers.algorithms import dpo, reward_model
+from rlhf_helpers.book.labelling import Session
 from rlhf_helpers.losses import bradley_terry_loss, rao_kupper_loss
 from rlhf_helpers.preferences import Annotator, annotate, choice_probabilities
 from rlhf_helpers.worlds import reviews
@@ -473,6 +476,22 @@ def test_strengths_of_two_items_are_their_log_odds():
     assert found.tolist() == pytest.approx([math.log(3) / 2, -math.log(3) / 2], abs=1e-8)
 
 
+@pytest.mark.parametrize("losses", [1, 3])
+@pytest.mark.parametrize("power", range(13))
+def test_strengths_of_lopsided_counts(power, losses):
+    """Oracle: the closed form for two items, half the log-odds, from 1:1 to 1e12:1; and a third
+    item that met the weaker of the two twice, once each."""
+    half = math.log(10**power) / 2
+    wins = losses * np.array([[0, 10.0**power], [1, 0]])
+    assert preferences.fit_strengths(wins).tolist() == pytest.approx([half, -half], abs=1e-8)
+    assert preferences.fit_strengths(wins.T).tolist() == pytest.approx([-half, half], abs=1e-8)
+    three = np.zeros((3, 3))
+    three[:2, :2], three[1, 2], three[2, 1] = wins, 1, 1
+    found = preferences.fit_strengths(three)
+    assert (found[0] - found[1]).item() == pytest.approx(2 * half, abs=1e-6)
+    assert (found[1] - found[2]).item() == pytest.approx(0, abs=1e-6)
+
+
 def test_strengths_of_a_long_chain():
     """Oracle: neighbours alone were compared, so each gap is the log-odds of a pair: log 100,
     twenty times."""
@@ -624,3 +643,83 @@ def test_pairs_are_sampled_from_the_policy_and_can_be_compared():
         policy.transformer.ln_f.bias.copy_(1000 * policy.lm_head.weight[tokenizer.eos_token_id])
     with pytest.raises(ValueError, match="two equal responses, or an empty one"):
         preferences.sample_pairs(policy, tokenizer, prompts, 24)
+
+
+# --- one rule for what can be compared -----------------------------------------------------------
+
+# (first, second, what is wrong with them)
+NEAR = [
+    (" good", " good", "equal"),
+    (" good", " good\n", "equal"),
+    (" good", "good", "equal"),
+    ("good\r\nfilm", "good\nfilm", "equal"),
+    ("good", "go\u200bod", "equal"),
+    ("good\ufeff", "good", "equal"),
+    ("\u2028good", "good", "equal"),
+    ("caf\u00e9", "cafe\u0301", "equal"),
+    ("good", "", "empty"),
+    ("good", " \n", "empty"),
+    ("\u200b", "good", "empty"),
+    ("\ufeff\u2060", "good", "empty"),
+    ("\u3164", "good", "empty"),
+    ("good", "\u200e", "empty"),
+    ("good", "Good", None),
+    ("good", "good.", None),
+    ("a\nb", "a b", None),
+    ("\U0001f468\u200d\U0001f469", "\U0001f468\U0001f469", None),
+]
+
+
+def takers(tokenizer, path):
+    """Whatever makes, reads, shows or trains on pairs, as functions of two responses."""
+    labels, people = torch.ones(1), [Annotator("a")]
+    zeros = lambda prompts, completions: [0.0] * len(completions)  # noqa: E731
+
+    def sampled(one, two):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(preferences, "write", lambda *_, **__: [one, two])
+            preferences.sample_pairs(None, tokenizer, ["p"], 4)
+
+    def trained(one, two):
+        model, _ = reward_model.load(build("gpt2", vocab_size=len(tokenizer)), tokenizer)
+        pair = reward_model.Comparison("p", (one, two))
+        next(reward_model.train(model, tokenizer, [pair], reward_model.Config()))
+
+    return {
+        "rows": lambda *x: preferences.from_rows([row(chosen=x[0], rejected=x[1])]),
+        "annotators": lambda a, b: annotate(["p"], [a], [b], zeros, people),
+        "chances": lambda a, b: choice_probabilities(["p"], [a], [b], zeros, people),
+        "panel": lambda a, b: Session([("p", a, b)], path),
+        "labelled": lambda a, b: reward_model.labelled(["p"], [a], [b], labels),
+        "dpo": lambda *x: dpo.encode(tokenizer, [reward_model.Comparison("p", x)]),
+        "reward model": trained,
+        "sampling": sampled,
+    }
+
+
+@pytest.mark.parametrize(("first", "second", "problem"), NEAR)
+def test_all_agree_on_what_can_be_compared(first, second, problem, tmp_path):
+    """Oracle: the table."""
+    _, tokenizer = models.load(models.TINY)
+    for take in takers(tokenizer, tmp_path / "answers.jsonl").values():
+        for pair in ((first, second), (second, first)):
+            if problem is None:
+                take(*pair)
+            else:
+                with pytest.raises(ValueError, match=r"empty|equal"):
+                    take(*pair)
+
+
+def test_where_there_are_tokens_they_have_to_differ_too():
+    """Two letters that the tokenizer does not know are one token."""
+    _, tokenizer = models.load(settings.TINY_ARITHMETIC)
+    data = [reward_model.Comparison("1+1=", x) for x in (("2", "3"), ("9x", "9y"))]
+    with pytest.raises(ValueError, match=r"data\[1\] has two responses with the same tokens"):
+        dpo.encode(tokenizer, data)
+    model, _ = reward_model.load(*models.load(settings.TINY_ARITHMETIC))
+    with pytest.raises(ValueError, match=r"data\[1\] has two responses with the same tokens"):
+        next(reward_model.train(model, tokenizer, data, reward_model.Config()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preferences, "write", lambda *_, **__: ["9x", "9y", "2", "3"])
+        found = preferences.sample_pairs(None, tokenizer, ["p", "q"], 4)
+    assert found == (["q"], ["2"], ["3"])

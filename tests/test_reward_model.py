@@ -14,7 +14,7 @@ from scipy.optimize import minimize_scalar
 from statsmodels.discrete.discrete_model import Logit
 from transformers import GPT2ForSequenceClassification
 
-from rlhf_helpers import settings
+from rlhf_helpers import models, preferences, settings
 from rlhf_helpers.algorithms import reward_model as rm
 from rlhf_helpers.algorithms._loop import TrainingStopped
 from rlhf_helpers.algorithms.reward_model import Comparison, Config
@@ -283,6 +283,23 @@ def test_pairs_with_ties_become_comparisons():
     assert [one.preference for one in rm.comparisons(pairs)] == [0.5, 1.0, 1.0]
     with pytest.raises(ValueError, match="pairs is empty"):
         rm.comparisons([])
+
+
+def test_the_strength_of_a_row_becomes_what_is_asked_and_no_field_is_lost():
+    """Oracle: by hand; a row with every field that pairs have."""
+    row = {"prompt": "p", "chosen": "a", "rejected": "b", "tie": False, "strength": 3.0}
+    row |= {"annotator": "Ann", "chosen_ended": True, "rejected_ended": False}
+    assert set(row) == set(preferences.FEATURES)
+    (plain,) = rm.comparisons(preferences.from_rows([row]))
+    assert plain == Comparison("p", ("a", "b"))
+    assert [isinstance(text, models.Cut) for text in plain.responses] == [False, True]
+    rows = [row, row | {"strength": None}]
+    assert [one.margin for one in rm.comparisons(rows, "margin")] == [3.0, 0.0]
+    assert [one.weight for one in rm.comparisons(rows, strength="weight")] == [3.0, 1.0]
+    with pytest.raises(ValueError, match="strength='preference' is unknown"):
+        rm.comparisons(rows, "preference")
+    with pytest.raises(ValueError, match=r"pairs\[1\] has the field 'margin'"):
+        rm.comparisons([row, row | {"margin": 1.0}])
 
 
 def test_a_run_repeats_and_measures_when_due(tokenizer):

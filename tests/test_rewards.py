@@ -12,25 +12,32 @@ from functools import partial
 
 import fake_hub
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BloomConfig,
+    BloomForSequenceClassification,
+    DistilBertConfig,
     DistilBertModel,
     GPT2Config,
     GPT2ForSequenceClassification,
+    LlamaConfig,
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForSequenceClassification,
     pipeline,
 )
 
-from rlhf_helpers import models, rewards, settings
+from rlhf_helpers import models, preferences, rewards, settings
+from rlhf_helpers.algorithms import grpo, sampling
 from rlhf_helpers.rewards import classifier, score
 from rlhf_helpers.worlds import reviews
 
@@ -165,6 +172,106 @@ def test_unequal_lists_and_single_texts_are_refused():
     for pair in [("ab", ["a", "b"]), (["a", "b"], "ab"), ("ab", "cd")]:
         with pytest.raises(ValueError, match="must be lists"):
             score(None, *pair)
+
+
+# rewards that say 1 for "x", written in every way that TRL calls, and in those by place
+WAYS = {
+    "ours": lambda prompts, completions, **columns: [float(t == "x") for t in completions],
+    "completions first": lambda completions, prompts, **columns: [t == "x" for t in completions],
+    "by name only": lambda *, completions, prompts: [float(t == "x") for t in completions],
+    "no prompts": lambda completions, **columns: [float(t == "x") for t in completions],
+    "names alone": lambda **columns: [float(t == "x") for t in columns["completions"]],
+    "partial": partial(
+        lambda by, completions, **columns: [by * (t == "x") for t in completions], 1
+    ),
+    "other names": lambda p, c: [float(t == "x") for t in c],
+    "one other name": lambda prompts, responses, **columns: [float(t == "x") for t in responses],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_reward_is_called_as_trl_calls_it(way):
+    """Oracle: by hand: the second completion is the one; through score, an annotator, and the
+    probabilities of one."""
+    reward = WAYS[way]
+    assert score(reward, ["x", "x"], ["p", "x"]).tolist() == [0, 1]
+    sure = [preferences.Annotator("sure", temperature=1e-3)]
+    pairs = (["x", "x"], ["x", "p"], ["p", "x"])
+    assert preferences.annotate(*pairs, reward, sure).preferences[:, 0].tolist() == [1, 0]
+    p = preferences.choice_probabilities(*pairs, reward, sure)[:, 0, 0]
+    torch.testing.assert_close(p, torch.tensor([1.0, 0.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("way", ["completions first", "no prompts"])
+def test_loops_and_evaluations_call_it_so_too(way):
+    """Oracle: the texts that were sampled, by hand."""
+    policy, tokenizer = models.load(settings.TINY_ARITHMETIC)
+    if way == "no prompts":
+        reward = lambda completions, **columns: [float(len(t)) for t in completions]  # noqa: E731
+    else:
+        reward = lambda completions, prompts: [float(len(t)) for t in completions]  # noqa: E731
+    luck = torch.Generator().manual_seed(0)
+    found = sampling.respond(policy, tokenizer, ["1+1=", "2+2="], reward, luck, 4, 4)
+    assert found.scores.tolist() == [len(text) for text in found.texts]
+    config = grpo.Config(samples_per_prompt=4, max_new_tokens=4)
+    found = sampling.evaluate(policy, policy, tokenizer, ["1+1="], {"length": reward}, config)
+    assert found.scores["length"].tolist() == [len(text) for text in found.texts]
+    assert len("1+1=") not in map(len, found.texts)
+
+
+@pytest.mark.parametrize(
+    "reward",
+    [
+        lambda texts, prompts: [0.0] * len(texts),
+        lambda completions, texts: [0.0] * len(texts),
+        lambda completion, prompt: [0.0] * len(prompt),
+        lambda completions: [0.0] * len(completions),
+    ],
+)
+def test_a_reward_that_would_score_the_prompts_is_refused(reward):
+    """Oracle: the specification; by place each would be given the prompts as completions."""
+    with pytest.raises(TypeError, match=r"prompts|completions"):
+        score(reward, ["p"], ["x"])
+
+
+def test_columns_may_have_any_name_but_two():
+    """Oracle: what was passed."""
+    seen = {}
+
+    def spy(prompts, completions, **columns):
+        seen.update(columns)
+        return [1.0]
+
+    given = {"reward": [1.0], "name": ["a"], "self": [2], "answer": np.array([3])}
+    assert score(spy, ["p"], ["x"], **given).tolist() == [1.0]
+    assert seen == given
+    for name in ("prompts", "completions"):
+        with pytest.raises(ValueError, match=rf"columns\['{name}'\]: .*give the column another"):
+            score(spy, ["p"], ["x"], **{name: ["a"]})
+    with pytest.raises(ValueError, match=r"columns\['answer'\] is a str; pass a list"):
+        score(spy, ["p", "q"], ["x", "y"], answer="12")
+
+
+@pytest.mark.parametrize(
+    "value", [10**400, Fraction(10**400), -(10**5000)], ids=["whole", "fraction", "huge"]
+)
+def test_a_number_too_large_for_a_float_is_named(value):
+    """Oracle: the specification; Python itself raises OverflowError."""
+    with pytest.raises(ValueError, match=r"my_reward returned a number too large .*ns\[1\], 'b'"):
+        score(constant([0, value]), ["p", "q"], ["a", "b"])
+
+
+@pytest.mark.parametrize("of_type", [tuple, np.array, pd.Series], ids=lambda kind: kind.__name__)
+def test_texts_and_rewards_may_lie_in_arrays_and_series(of_type):
+    """Oracle: the same in lists; the index of a Series says nothing about places."""
+    texts = ["a", "bb", "ccc"]
+    reward = lambda prompts, completions, **c: of_type([len(t) for t in completions])  # noqa: E731
+    given = of_type(texts)
+    if of_type is pd.Series:
+        given.index = [7, 1, 0]
+    assert score(reward, given, given).tolist() == [1, 2, 3]
+    with pytest.raises(ValueError, match=r"returned nan for completions\[1\], 'bb'"):
+        score(constant(of_type([0.0, math.nan, 1.0])), given, given)
 
 
 def test_a_reward_without_a_name_is_called_by_its_type():
@@ -319,6 +426,8 @@ PROMPT = "Write a 4-star review about the music.\n"  # write, 4, star, review, m
         ("this bus", "bu", 0),
         ("Café", "cafe\u0301s", 1),
         ("filmed film", "film", 1 / 2),
+        ("the gas", "ga", 0),
+        ("the cars", "A car.", 1),
     ],
 )
 def test_relevance_is_the_share_of_the_prompts_words_that_come_up(prompt, completion, value):
@@ -410,6 +519,16 @@ def test_vader_normalises_the_sum_of_its_words():
     expected = 3.8 / math.sqrt(3.8**2 + 15)
     found = of(rewards.vader, "I like using VADER, its a fun tool to use")
     assert found == pytest.approx(expected, abs=5e-5)
+
+
+def test_vader_reads_the_beginning_of_a_very_long_text():
+    """Oracle: the same text cut by hand; and VADER itself where nothing is cut. It takes minutes
+    for the whole."""
+    cut = rewards.VADER_READS
+    text = "a very good film but not bad " * 6000
+    assert of(rewards.vader, text) == of(rewards.vader, text[:cut])
+    assert of(rewards.vader, "x" * (cut - 5) + " good") > 0
+    assert of(rewards.vader, "x" * (cut - 4) + " good") == 0
 
 
 # all the rules
@@ -653,6 +772,130 @@ def test_an_empty_completion_has_a_score_where_the_tokenizer_adds_nothing(tmp_pa
         assert found == pytest.approx((logits[0] - logits[1]).item(), abs=1e-6)
 
 
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+CLASSIFIERS = {
+    "gpt2": lambda: GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=64, vocab_size=1280),
+    "llama": lambda: LlamaConfig(intermediate_size=24, vocab_size=1280, **SIZES),
+    "roberta": lambda: RobertaConfig(
+        intermediate_size=24, vocab_size=1280, max_position_embeddings=64, **SIZES
+    ),
+    "distilbert": lambda: DistilBertConfig(
+        dim=16, n_layers=2, n_heads=2, hidden_dim=24, vocab_size=1280, max_position_embeddings=64
+    ),
+}
+REVIEWS = ["Bad", "A long and winding road of a film, which nobody needs to see twice.", "Good fun"]
+
+
+def write_family(family, folder, pad, **habits):
+    """A small classifier with clear opinions and a byte-level tokenizer: with a pad token, with one
+    that only the tokenizer or only the model knows, or with none."""
+    config = CLASSIFIERS[family]()
+    tokenizer = AutoTokenizer.from_pretrained(models.TINY, **habits)
+    config.pad_token_id = tokenizer.pad_token_id if pad in ("both", "model") else None
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.5)
+    model.save_pretrained(folder)
+    if pad not in ("both", "tokenizer"):
+        tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("pad", ["both", "tokenizer", "model", "none"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", CLASSIFIERS)
+def test_a_text_scores_the_same_beside_others(family, side, pad, tmp_path):
+    """Oracle: the library's model on one text at a time, without padding."""
+    write_family(family, tmp_path, pad, padding_side=side, truncation_side=side)
+    if family == "roberta" and pad in ("tokenizer", "none"):
+        pytest.skip("it cannot be built without one")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    with torch.no_grad():
+        logits = [model(**tokenizer(text, return_tensors="pt")).logits[0] for text in REVIEWS]
+    wanted = [(two - one).item() for one, two in logits]
+    reward = classifier(tmp_path, "LABEL_1")
+    assert reward([""] * 3, REVIEWS) == pytest.approx(wanted, abs=1e-4)
+    assert max(wanted) - min(wanted) > 0.05
+
+
+def test_a_classifier_that_cannot_be_padded_is_refused_at_once(tmp_path, monkeypatch):
+    """Oracle: the specification: no token at all; and a model that reads the padding."""
+    write_family("gpt2", tmp_path, "none")
+    monkeypatch.setattr(rewards, "_padding_tokens", lambda tokenizer: [])
+    with pytest.raises(ValueError, match="no token to pad with; give it one"):
+        classifier(tmp_path, "LABEL_1")
+    monkeypatch.undo()
+    forward = GPT2ForSequenceClassification.forward
+
+    def blind(self, input_ids, attention_mask):
+        return forward(self, input_ids[:, -2:])
+
+    monkeypatch.setattr(GPT2ForSequenceClassification, "forward", blind)
+    with pytest.raises(ValueError, match=r"changes a score by .*; pass another classifier"):
+        classifier(tmp_path, "LABEL_1")
+
+    def fails(self, input_ids, attention_mask):
+        if len(input_ids) > 1:
+            raise ValueError("one at a time")
+        return forward(self, input_ids)
+
+    monkeypatch.setattr(GPT2ForSequenceClassification, "forward", fails)
+    with pytest.raises(ValueError, match=r"fails \(one at a time\); pass another"):
+        classifier(tmp_path, "LABEL_1")
+
+
+def test_a_long_text_is_cut_at_its_end_whatever_the_tokenizers_habit(tmp_path):
+    """Oracle: another end makes no difference, another beginning does."""
+    write_family("gpt2", tmp_path, "both", truncation_side="left")
+    reward = classifier(tmp_path, "LABEL_1")
+    texts = [start + " and" * 100 + end for start in ("Good", "Bad") for end in (" yes", " no")]
+    first, second, third, fourth = reward([""] * 4, texts)
+    assert (first, third) == (second, fourth)
+    assert abs(first - third) > 1e-3
+
+
+def test_a_special_token_that_a_completion_spells_is_only_letters(tmp_path):
+    """Oracle: the ids that the model is given, against those of the letters."""
+    write_family("gpt2", tmp_path, "both")
+    seen, forward = [], GPT2ForSequenceClassification.forward
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    reward = classifier(tmp_path, "LABEL_1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            GPT2ForSequenceClassification,
+            "forward",
+            lambda self, input_ids, **rest: seen.append(input_ids) or forward(self, input_ids),
+        )
+        reward([""], [f"Bad {tokenizer.eos_token} good {tokenizer.pad_token}"])
+    assert not set(seen[0].flatten().tolist()) & set(tokenizer.all_special_ids)
+
+
+def test_a_model_without_a_longest_input_reads_it_all(tmp_path):
+    """Oracle: the library's model on all tokens; BLOOM's positions have no end, and the tokenizer
+    knows none."""
+    torch.manual_seed(0)
+    config = BloomConfig(vocab_size=6, hidden_size=8, n_layer=1, n_head=2, pad_token_id=1)
+    model = BloomForSequenceClassification(config).eval()
+    torch.nn.init.normal_(model.transformer.word_embeddings.weight)
+    model.save_pretrained(tmp_path)
+    words_only().save_pretrained(tmp_path)
+    text = " ".join(["good"] * 400)
+    with torch.no_grad():
+        logits = model(**AutoTokenizer.from_pretrained(tmp_path)(text, return_tensors="pt")).logits
+    assert of(classifier(tmp_path, "LABEL_1"), text) == pytest.approx(
+        (logits[0, 1] - logits[0, 0]).item(), abs=1e-5
+    )
+
+
+def test_a_classifier_that_is_nowhere_is_missed_by_name(tmp_path):
+    """Oracle: the specification."""
+    with pytest.raises(OSError, match=r"No classifier .*nothing.*\n.*path of a saved model"):
+        classifier(tmp_path / "nothing", "POSITIVE")
+
+
 def test_a_label_that_is_not_there_is_refused_with_the_list(labelled):
     """Oracle: the specification; a position is no name."""
     for label in ("good", "1", "LABEL_1", ""):
@@ -707,6 +950,25 @@ def test_pickled_weights_are_refused(labelled, tmp_path):
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path)
     with pytest.raises(OSError, match="no safetensors weights"):
         classifier(tmp_path, "POSITIVE")
+
+
+@pytest.mark.parametrize("name", ["weights.bin", "../outside.bin", "../outside.safetensors"])
+def test_an_index_that_names_other_files_is_refused(labelled, name, tmp_path):
+    """Oracle: transformers itself, which opens the file that is named."""
+    folder = tmp_path / "model"
+    model = AutoModelForSequenceClassification.from_pretrained(labelled["two"])
+    model.config.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(labelled["two"]).save_pretrained(folder)
+    weights = model.state_dict()
+    if name.endswith(".bin"):
+        torch.save(weights, folder / name)
+    else:
+        save_file(weights, folder / name)
+    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(weights, name)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True)
+    with pytest.raises(OSError, match=name):
+        classifier(folder, "POSITIVE")
 
 
 def test_code_that_comes_with_a_classifier_is_never_run(labelled, tmp_path):

@@ -2,12 +2,28 @@
 generate."""
 
 import copy
+import gc
+import warnings
+import weakref
 from typing import NamedTuple
 
 import peft
 import pytest
 import torch
-from architectures import CONFIGS, CONTEXT, EOS, FIVE, VOCABULARY, build, left_padded, scored_alone
+from architectures import (
+    CONFIGS,
+    CONTEXT,
+    EOS,
+    FIVE,
+    OTHERS,
+    VOCABULARY,
+    WRAPPERS,
+    build,
+    left_padded,
+    replaced,
+    scored_alone,
+    with_cache_called,
+)
 from scipy.stats import chi2
 from transformers.generation.logits_process import (
     TemperatureLogitsWarper,
@@ -17,6 +33,7 @@ from transformers.generation.logits_process import (
 
 from rlhf_helpers.logprobs import completion_log_probs
 from rlhf_helpers.losses import ppo_clip_loss
+from rlhf_helpers.models import ValueModel
 from rlhf_helpers.rollout import _choose, sample
 
 P = 6
@@ -460,3 +477,141 @@ def test_all_pairs_of_uniform_numbers_and_weights_pick_the_right_token():
     numbers = torch.tensor([0.0, 0.2499, 0.25, 0.7499, 0.75, 1 - 2**-53], dtype=torch.float64)
     found = _choose(weights.log().expand(6, -1), numbers, 1.0, 0, 1.0)
     assert found.tolist() == [0, 0, 2, 2, 3, 3]
+
+
+# Wrappers, and models of other kinds
+
+
+@pytest.mark.parametrize("name", ["gpt2", "openai-gpt", "llama"])
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_wrapped_model_samples_as_the_plain_one_and_as_fast(wrapper, name):
+    """Oracle: the plain model: the same tokens, each sequence scored alone; the widths of the
+    inputs that reach the embedding."""
+    plain, model, widths = build(name), build(name), []
+    expected = rollout(plain, samples_per_prompt=2, new=6)
+    embedding = model.get_input_embeddings()
+    embedding.register_forward_hook(lambda module, args, output: widths.append(args[0].shape[1]))
+    # as compiled, without the wait for the compiler
+    with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
+        warnings.simplefilter("error")
+        out = rollout(WRAPPERS[wrapper](model), samples_per_prompt=2, new=6)
+    assert torch.equal(out.tokens, expected.tokens)
+    length = out.tokens.shape[1] - P
+    with torch.no_grad():
+        alone = scored_alone(plain, out.tokens, out.attention_mask, length)
+    torch.testing.assert_close(out.log_probs, alone, **SAME)
+    if name != "openai-gpt":
+        assert widths[-5:] == [1] * 5, "only the last token is run"
+
+
+def test_nothing_keeps_a_model_alive_whose_forward_was_replaced():
+    """Oracle: a weak reference."""
+    model = replaced(build("gpt2"))
+    rollout(model, new=2)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_the_cache_is_used_whatever_it_is_called(name):
+    """Oracle: the plain model, and the widths of the inputs."""
+    model, widths = with_cache_called(name), []
+    expected = rollout(build("gpt2"), samples_per_prompt=2, eos_token_id=None)
+    model.transformer.wte.register_forward_hook(
+        lambda module, args, output: widths.append(args[0].shape[1])
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # lengths are equal, so that the model is not tried with padding first
+        out = rollout(model, (6, 6, 6), samples_per_prompt=2, eos_token_id=None)
+        assert widths == [6] + [1] * 11
+        out = rollout(model, samples_per_prompt=2, eos_token_id=None)
+    assert torch.equal(out.tokens, expected.tokens)
+    torch.testing.assert_close(out.log_probs, expected.log_probs, **SAME)
+
+
+@pytest.mark.parametrize("how", ["another name", "never filled"])
+def test_a_cache_that_cannot_be_used_is_said_once_and_changes_no_number(how):
+    """Oracle: the plain model; a cache of a name that no one knows, or that the model forgets."""
+    expected = rollout(build("gpt2"), samples_per_prompt=2)
+    if how == "another name":
+        model = with_cache_called("memory")
+    else:
+        model = with_cache_called("cache")
+        forward = type(model).forward
+
+        class Forgets(type(model)):
+            def forward(
+                self, input_ids, attention_mask=None, position_ids=None, cache=None, use_cache=None
+            ):
+                return forward(self, input_ids, attention_mask, position_ids)
+
+        model.__class__ = Forgets
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            out = rollout(model, samples_per_prompt=2)
+            length = out.tokens.shape[1] - P
+            found = completion_log_probs(
+                model, out.tokens, out.attention_mask, length, samples_per_prompt=2
+            )
+    kind = type(model).__name__
+    assert [str(each.message).split(":")[0] for each in said] == [f"{kind} runs without a cache"]
+    torch.testing.assert_close(found, expected.log_probs, **SAME)
+    assert torch.equal(out.tokens, expected.tokens)
+    torch.testing.assert_close(out.log_probs, expected.log_probs, **SAME)
+
+
+def test_a_model_that_reads_padding_is_refused_with_unequal_prompts_and_right_with_equal_ones():
+    """Oracle: one sequence at a time; RWKV takes masked tokens into its state."""
+    model = build("rwkv")
+    with pytest.raises(ValueError, match=r"prompt_mask holds padding, and Rwkv.*of one length"):
+        rollout(model)
+    out = rollout(model, (6, 6), eos_token_id=None, new=4, samples_per_prompt=2)
+    with torch.no_grad():
+        expected = scored_alone(model, out.tokens, out.attention_mask, 4)
+    torch.testing.assert_close(out.log_probs, expected, **SAME)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "got_ocr2"])
+def test_the_context_of_a_model_of_text_and_images_is_kept(name):
+    """Oracle: the configuration of the text, which a random model of the same size obeys."""
+    model = build(name)
+    with pytest.raises(ValueError, match=r"max_new_tokens: 49 .*context of 48"):
+        rollout(model, new=CONTEXT - P + 1)
+    tokens = torch.ones(1, CONTEXT + 1, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"tokens: 49 .*context of 48"):
+        completion_log_probs(model, tokens, tokens, 2)
+    with pytest.raises(ValueError, match=r"tokens: 49 .*context of 48"):
+        ValueModel(model)(tokens, tokens, 2)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_families_are_sampled_as_each_sequence_alone_or_refused(name):
+    """Oracle: one sequence at a time, unpadded; the families that read padding are known."""
+    model = build(name)
+    lengths = (6, 6, 6) if name in ("rwkv", "bart") else (6, 2, 4)
+    out = rollout(model, lengths, eos_token_id=None, new=5, samples_per_prompt=2)
+    with torch.no_grad():
+        expected = scored_alone(model, out.tokens, out.attention_mask, 5)
+    torch.testing.assert_close(out.log_probs, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_answers_with_a_tuple_is_sampled():
+    """Oracle: the same model with named answers."""
+    expected = rollout(build("gpt2"), samples_per_prompt=2)
+    out = rollout(build("gpt2", return_dict=False), samples_per_prompt=2)
+    assert torch.equal(out.tokens, expected.tokens)
+    torch.testing.assert_close(out.log_probs, expected.log_probs, **SAME)
+
+
+def test_a_model_with_virtual_tokens_samples_with_them():
+    """Oracle: the wrapped model's own logits, one sequence at a time, without a cache."""
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(build("llama"), config).eval()
+    out = rollout(model, (6, 6), eos_token_id=None, new=4)
+    logits = model(out.tokens, attention_mask=out.attention_mask).logits[:, P + 3 - 1 : -1]
+    expected = logits.log_softmax(-1).gather(-1, out.tokens[:, P:, None]).squeeze(-1)
+    torch.testing.assert_close(out.log_probs, expected.detach(), **SAME)

@@ -3,6 +3,7 @@ book's own functions, two processes against one, a process that is killed, confi
 accelerate's own checks."""
 
 import copy
+import gc
 import importlib
 import json
 import math
@@ -11,14 +12,28 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
 from architectures import build
+from datasets import Dataset
 from nbrun import ROOT
 from safetensors.torch import load_file
+from tokenizers import processors
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    RwkvConfig,
+    RwkvForCausalLM,
+)
 
 from rlhf_helpers import models, scale_out, settings
 from rlhf_helpers.advantages import group_relative_advantages
@@ -26,9 +41,10 @@ from rlhf_helpers.algorithms import dpo, grpo, reward_model, sft
 from rlhf_helpers.algorithms.reward_model import Comparison
 from rlhf_helpers.logprobs import completion_log_probs
 from rlhf_helpers.losses import GRPO_TYPES, grpo_loss
+from rlhf_helpers.rollout import end_tokens
 from rlhf_helpers.worlds import arithmetic, reviews
 
-LIMIT = 100  # seconds after which a launched run counts as hanging
+LIMIT = 300  # seconds after which a launched run counts as hanging
 SMALL = grpo.Config(iterations=4, prompts=4, samples_per_prompt=4, learning_rate=1e-3)
 PROBLEMS = arithmetic.sample(40, 3, "train")
 PROMPTS = [one.prompt for one in PROBLEMS]
@@ -154,11 +170,12 @@ def comparisons(count=8):
     ]
 
 
+@pytest.mark.parametrize("variant", scale_out.DPO_LOSSES)
 @pytest.mark.parametrize("pad_is_end", [False, True])
-def test_dpo_has_this_books_loss(pad_is_end, tmp_path):
+def test_dpo_has_this_books_loss(pad_is_end, variant, tmp_path):
     """Oracle: `dpo.update` on the majority's labels without ties, with the policy a step away from
-    its reference."""
-    config = dpo.Config(beta=0.3, batch_size=7)
+    its reference; no two variants have one loss here."""
+    config = dpo.Config(beta=0.3, batch_size=7, variant=variant)
     policy, tokenizer = reviewer()
     if pad_is_end:
         tokenizer.pad_token = tokenizer.eos_token
@@ -184,7 +201,9 @@ def test_dpo_has_this_books_loss(pad_is_end, tmp_path):
     theirs = trainer.compute_loss(policy, first_rows(trainer, 7))
     theirs.backward()
     assert found["loss"] == pytest.approx(theirs.item(), abs=1e-5)
-    assert abs(theirs.item() - 0.6931) > 1e-2
+    if not pad_is_end:
+        # the log-ratios are large enough for these to differ, those of the means less so
+        assert abs(theirs.item() - (1.0 if variant == "hinge" else 0.6931)) > 1e-3
     same_gradients(gradients(mine), gradients(policy))
 
 
@@ -250,6 +269,8 @@ def test_the_reward_model_has_this_books_loss(pad_is_end, tmp_path):
     theirs = trainer.compute_loss(model, first_rows(trainer, 7))
     assert mine.item() == pytest.approx(theirs.item(), abs=1e-5)
     assert abs(theirs.item() - 0.6931) > 1e-2
+    # the padding apart is TRL's alone
+    assert (tokenizer.pad_token == tokenizer.eos_token) == pad_is_end
 
 
 @pytest.mark.parametrize("pad_is_end", [False, True])
@@ -279,16 +300,268 @@ def test_sft_has_this_books_loss(loss_on, pad_is_end, tmp_path):
     same_gradients(gradients(mine), gradients(policy))
 
 
-def test_dropout_is_off_in_every_trainer(tmp_path):
-    """Oracle: the modules."""
+# --- tokens and texts ----------------------------------------------------------------------------
+
+HABITS = {"in front": "<|endoftext|> $A", "behind": "$A <|endoftext|>"}
+HABITS["both"] = "<|endoftext|> $A <|endoftext|>"
+
+
+def with_habit(tokenizer, where):
+    """A tokenizer that puts its end token around every text, as many put one in front."""
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=HABITS[where], special_tokens=[("<|endoftext|>", tokenizer.eos_token_id)]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("where", HABITS)
+def test_no_habit_of_the_tokenizer_reaches_the_data(where, tmp_path):
+    """Oracle: the same texts by a tokenizer without the habit, each alone; 'an' and 'd' would merge
+    across the border."""
+    policy, plain = reviewer()
+    tokenizer, end = with_habit(models.load(settings.TINY)[1], where), plain.eos_token_id
+    ids = {text: plain(text)["input_ids"] for text in ("The plot an", "d the cast.", "other")}
+    assert tokenizer("other")["input_ids"] != ids["other"]
+    assert plain("The plot and the cast.")["input_ids"] != ids["The plot an"] + ids["d the cast."]
+    prompt, first, second = ids["The plot an"], [*ids["d the cast."], end], [*ids["other"], end]
+
+    data = [Comparison("The plot an", ("d the cast.", "other"))] * 2
+    given = (policy, tokenizer, data, dpo.Config(batch_size=2))
+    row = scale_out.dpo_trainer(*given, folder=tmp_path).train_dataset[0]
+    assert (row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) == (prompt, first, second)
+    given = (policy, tokenizer, [("The plot an", "d the cast.")], sft.Config(batch_size=1))
+    row = scale_out.sft_trainer(*given, folder=tmp_path).train_dataset[0]
+    assert row["input_ids"] == prompt + first
+    model = reward_model.load(settings.TINY)[0]
+    given = (model, tokenizer, data, reward_model.Config(batch_size=2))
+    row = scale_out.reward_trainer(*given, folder=tmp_path).train_dataset[0]
+    assert (row["chosen_ids"], row["rejected_ids"]) == (prompt + first, prompt + second)
+
+
+@pytest.mark.parametrize("where", HABITS)
+def test_grpo_samples_from_the_prompts_own_tokens(where, tmp_path):
+    """Oracle: a tokenizer without the habit."""
+    policy, plain = adder()
+    tokenizer = with_habit(models.load(settings.TINY_ARITHMETIC)[1], where)
+    arguments = (policy, tokenizer, PROMPTS, arithmetic.exact, SMALL, ANSWERS)
+    trainer = scale_out.grpo_trainer(*arguments, folder=tmp_path)
+    batch = trainer._generate_and_score_completions([trainer.train_dataset[i] for i in [0] * 4])
+    assert batch["prompt_ids"].tolist() == [plain(PROMPTS[0])["input_ids"]] * 4
+
+
+def test_a_reward_function_is_given_the_texts_of_the_loops(tmp_path):
+    """Oracle: by hand; left to itself the tokenizer drops the space before a full stop and goes on
+    behind an end token."""
+    policy, tokenizer = reviewer()
+    tokenizer.clean_up_tokenization_spaces = True
+    seen = []
+
+    def reward(prompts, completions, **columns):
+        seen.extend(completions)
+        return [0.0] * len(completions)
+
+    arguments = (policy, tokenizer, ["The plot"] * 4, reward, SMALL)
+    trainer = scale_out.grpo_trainer(*arguments, folder=tmp_path)
+    ids, end = tokenizer(" is good .")["input_ids"], tokenizer.eos_token_id
+    rows = [[*ids, end], ids, [*ids, tokenizer.pad_token_id, *ids, end]]
+    inputs = [{"prompt": "The plot"}] * 3
+    trainer._calculate_rewards(inputs, ["The plot"] * 3, ["other"] * 3, rows)
+    assert seen == [" is good ."] * 3
+    assert [isinstance(text, models.Cut) for text in seen] == [False, True, False]
+
+
+def test_every_end_token_of_the_model_ends_a_completion_there_too(tmp_path):
+    """Oracle: the tokens that the book's own sampler stops at."""
+    policy, tokenizer = adder()
+    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("=")]
+    policy.generation_config.eos_token_id = ends
+    arguments = (policy, tokenizer, PROMPTS, arithmetic.exact, SMALL, ANSWERS)
+    trainer = scale_out.grpo_trainer(*arguments, folder=tmp_path)
+    assert set(trainer.eos_token_ids) == set(end_tokens(policy, tokenizer)) == set(ends)
+
+
+LISTS = {
+    "tuples": tuple,
+    "arrays": np.array,
+    "Series": lambda values: pd.Series(values, index=range(len(values), 0, -1)),
+    "columns of a data set": lambda values: Dataset.from_dict({"x": values})["x"],
+}
+
+
+@pytest.mark.parametrize("kind", [*LISTS, "tensors"])
+def test_prompts_and_columns_may_lie_in_arrays_and_tables(kind, tmp_path):
+    """Oracle: the data of the same run with lists."""
+    make = LISTS.get(kind, list)
+    number = torch.tensor if kind == "tensors" else make
+    columns = {"answer": number([int(answer) for answer in ANSWERS["answer"]])}
+    held_out = {"prompt": make(PROMPTS[:4]), "answer": columns["answer"][:4]}
+    given = (make(PROMPTS), arithmetic.exact, SMALL, columns, held_out)
+    trainer = scale_out.grpo_trainer(*adder(), *given, folder=tmp_path)
+    answers = [int(answer) for answer in ANSWERS["answer"]]
+    assert trainer.train_dataset.to_dict() == {"prompt": PROMPTS, "answer": answers}
+    assert trainer.eval_dataset.to_dict() == {"prompt": PROMPTS[:4], "answer": answers[:4]}
+
+
+@pytest.mark.parametrize("name", scale_out.TAKEN)
+def test_a_column_with_a_name_of_trl_is_refused(name, tmp_path):
+    """Oracle: the specification; 'prompt' would have taken the place of the prompts."""
+    columns = ANSWERS | {name: PROMPTS[::-1]}
+    with pytest.raises(ValueError, match=rf"columns\['{name}'\]"):
+        scale_out.grpo_trainer(*adder(), PROMPTS, arithmetic.exact, SMALL, columns, folder=tmp_path)
+    if name != "prompt":
+        held_out = {"prompt": PROMPTS, **columns}
+        with pytest.raises(ValueError, match=rf"columns\['{name}'\]"):
+            scale_out.grpo_trainer(
+                *adder(), PROMPTS, arithmetic.exact, SMALL, ANSWERS, held_out, folder=tmp_path
+            )
+
+
+def test_one_text_in_place_of_a_column_or_of_two_responses_is_refused(tmp_path):
+    """Oracle: the specification; its letters would be taken one by one."""
+    for columns, held_out in [({"answer": "7" * 40}, None), (ANSWERS, {"prompt": PROMPTS[0]})]:
+        with pytest.raises(ValueError, match=r"columns\['(answer|prompt)'\] is a str"):
+            scale_out.grpo_trainer(
+                *adder(), PROMPTS, arithmetic.exact, SMALL, columns, held_out, folder=tmp_path
+            )
+    with pytest.raises(ValueError, match=r"data\[0\] must compare two"):
+        scale_out.hard_pairs([Comparison("a", "bc")])
+
+
+# --- dropout -------------------------------------------------------------------------------------
+
+NOISY = {
+    "gpt2": {},  # layers
+    "opt": {"dropout": 0.3, "attention_dropout": 0.3, "layerdrop": 0.5},  # numbers
+    "llama": {"attention_dropout": 0.5},
+    "qwen2": {"attention_dropout": 0.5},
+}
+
+
+def noisy(family, **changes):
+    changes = {"vocab_size": 1280, **NOISY[family], **changes}
+    context = "n_positions" if family == "gpt2" else "max_position_embeddings"
+    return build(family, **{context: 160, **changes})
+
+
+def differ(model, tokens):
+    """How far apart two passes in training mode are."""
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        model.train()
+        return (model(tokens).logits - model(tokens).logits).abs().max().item()
+
+
+@pytest.mark.parametrize("family", NOISY)
+def test_dropout_is_off_in_every_trainer(family, tmp_path):
+    """Oracle: two passes in training mode, which differ before; the first loss of DPO is log 2."""
     tokenizer = models.load(settings.TINY)[1]
-    config = sft.Config(batch_size=4)
-    policy = build("gpt2", vocab_size=1280, n_positions=160)
     given = [(o, " Fine.") for o in reviews.openings("train", 4)]
-    scale_out.sft_trainer(policy, tokenizer, given, config, folder=tmp_path)
-    assert not any(m.p for m in policy.modules() if isinstance(m, torch.nn.Dropout))
-    assert any(m.p for m in build("gpt2").modules() if isinstance(m, torch.nn.Dropout))
-    assert scale_out.grpo_arguments(SMALL, tmp_path).disable_dropout
+    tokens = torch.tensor([tokenizer(given[0][0])["input_ids"]])
+    assert differ(noisy(family), tokens) > 0.05
+    where = {"folder": tmp_path}
+
+    policy = noisy(family)
+    scale_out.sft_trainer(policy, tokenizer, given, sft.Config(batch_size=4), **where)
+    assert differ(policy, tokens) == 0
+    policy = noisy(family)
+    trainer = scale_out.dpo_trainer(
+        policy, tokenizer, comparisons(), dpo.Config(batch_size=7), **where
+    )
+    assert differ(policy, tokens) == 0
+    loss = trainer.compute_loss(policy.train(), first_rows(trainer, 7)).item()
+    assert loss == pytest.approx(math.log(2), abs=1e-4)
+    policy = noisy(family)
+    prompts, reward = [given[0][0]] * 4, lambda completions, **_: [0.0] * len(completions)
+    scale_out.grpo_trainer(policy, tokenizer, prompts, reward, SMALL, **where)
+    assert differ(policy, tokens) == 0
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
+def test_dropout_is_off_in_the_reward_trainer(family, tmp_path):
+    """Oracle: two passes in training mode."""
+    tokenizer = models.load(settings.TINY)[1]
+    model, _ = reward_model.load(noisy(family, pad_token_id=tokenizer.pad_token_id), tokenizer)
+    torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(0))
+    tokens = torch.tensor([tokenizer("The plot was good.")["input_ids"]])
+    assert differ(model, tokens) > 0.05
+    config = reward_model.Config(batch_size=7)
+    scale_out.reward_trainer(model, tokenizer, comparisons(), config, folder=tmp_path)
+    assert differ(model, tokens) == 0
+
+
+def test_what_stays_random_is_refused_and_no_luck_is_used_up():
+    """Oracle: a block that adds noise of its own; the global generator, before and after."""
+    model, state = noisy("opt"), torch.get_rng_state()
+    scale_out.without_dropout(model.eval())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not model.training
+    model.config.activation_dropout = 0.2
+
+    def noise(module, _, out):
+        return out + torch.randn_like(out) if module.training else None
+
+    def disturb(model):
+        blocks = [m for name, m in model.named_modules() if name.endswith("layers.0.fc1")]
+        blocks[0].register_forward_hook(noise)
+
+    disturb(model)
+    with pytest.raises(ValueError, match=r"OPTForCausalLM: two passes .*activation_dropout=0.2"):
+        scale_out.without_dropout(model)
+    judge = reward_model.load(noisy("opt"), models.load(settings.TINY)[1])[0]
+    assert not judge.score.weight.any()
+    scale_out.without_dropout(judge)
+    disturb(judge)
+    with pytest.raises(ValueError, match="two passes"):
+        scale_out.without_dropout(judge)
+
+
+# --- padding -------------------------------------------------------------------------------------
+
+FAMILIES = {
+    "gpt2": lambda words: GPT2LMHeadModel(
+        GPT2Config(vocab_size=words, n_positions=64, n_embd=32, n_layer=2, n_head=4)
+    ),
+    "rwkv": lambda words: RwkvForCausalLM(
+        RwkvConfig(vocab_size=words, hidden_size=32, attention_hidden_size=32, num_hidden_layers=2)
+    ),
+    "llama": lambda words: build("llama", vocab_size=words, spread=0.02),
+    "opt": lambda words: build("opt", vocab_size=words, spread=0.02),
+    "bloom": lambda words: BloomForCausalLM(
+        BloomConfig(vocab_size=words, hidden_size=32, n_layer=2, n_head=4)
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("words", [32, 8192])
+@pytest.mark.parametrize("peaked", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_that_mind_padding_are_known(family, peaked, words, dtype):
+    """Oracle: how the families are made: GPT-2 counts from the first column, RWKV reads padding
+    into its state, and the others look at the mask alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = FAMILIES[family](words)
+        if peaked:
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.data.normal_(std=0.2)
+    model = model.to(dtype).train()
+    found = scale_out._minds_padding(model, SimpleNamespace(pad_token_id=0, eos_token_id=0))
+    assert found == (family in ("gpt2", "rwkv"))
+    assert model.training
+
+
+def test_a_fresh_model_with_many_words_is_refused_too(tmp_path):
+    """Oracle: the error of a trained one."""
+    model = FAMILIES["gpt2"](8192)
+    tokenizer, reward = models.load(settings.TINY)[1], lambda completions, **_: [0.0]
+    prompts = ["The film", "A long and sad story"]
+    with pytest.raises(ValueError, match=r"prompts have \d to \d tokens"):
+        scale_out.grpo_trainer(model, tokenizer, prompts, reward, SMALL, folder=tmp_path)
+    # of a model whose weights are elsewhere nothing is known; what is tried goes where it is
+    assert scale_out._minds_padding(build("llama").to("meta"), tokenizer)
+    assert scale_out._some_tokens(build("llama").to("meta")).is_meta
 
 
 # --- settings ------------------------------------------------------------------------------------
@@ -345,6 +618,51 @@ def test_every_setting_of_grpo_arrives(tmp_path):
     assert {name: getattr(found, name) for name in wanted} == wanted
 
 
+def test_every_setting_of_the_others_arrives(tmp_path):
+    """Oracle: TRL's names, written out by hand; of 15 examples and batches of 4 there are three
+    batches, with two passes six steps."""
+    tokenizer = models.load(settings.TINY)[1]
+    openings = reviews.openings("train", 15)
+    data = [Comparison(o, (" It is fine.", " It is not.")) for o in openings]
+    same = {"learning_rate": 3e-4, "epochs": 2, "batch_size": 4, "warm_up": 0.25, "seed": 5}
+    same["max_grad_norm"] = 0.6
+    wanted = {
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "dataloader_drop_last": True,
+        "learning_rate": 3e-4,
+        "warmup_steps": 0.25,
+        "max_grad_norm": 0.6,
+        "seed": 5,
+        "weight_decay": 0.0,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.999,
+        "max_length": None,
+        "bf16": False,
+        "gradient_checkpointing": False,
+    }
+
+    def arrive(trainer, **more):
+        expected = wanted | more
+        assert {name: getattr(trainer.args, name) for name in expected} == expected
+
+    where = {"folder": tmp_path}
+    pairs = [(one.prompt, one.responses[0]) for one in data]
+    for loss_on in ("response", "all"):
+        config = sft.Config(**same, loss_on=loss_on)
+        trainer = scale_out.sft_trainer(reviewer()[0], tokenizer, pairs, config, **where)
+        arrive(trainer, completion_only_loss=loss_on == "response")
+    for variant, theirs in [("sigmoid", "sigmoid"), ("hinge", "hinge")]:
+        config = dpo.Config(**same, beta=0.3, variant=variant)
+        trainer = scale_out.dpo_trainer(reviewer()[0], tokenizer, data, config, **where)
+        arrive(trainer, beta=0.3, loss_type=[theirs], disable_dropout=True)
+    config = reward_model.Config(**same, weight_decay=0.02, centring=0.1)
+    model = reward_model.load(settings.TINY)[0]
+    trainer = scale_out.reward_trainer(model, tokenizer, data, config, **where)
+    arrive(trainer, weight_decay=0.02, adam_beta2=0.95, center_rewards_coefficient=0.1)
+
+
 def test_the_learning_rate_rises_and_falls(tmp_path):
     """Oracle: TRL's log against two straight lines; the library's first step has rate 0, this
     book's not."""
@@ -383,6 +701,16 @@ def test_a_run_goes_on_from_its_checkpoint(tmp_path):
         torch.testing.assert_close(ends[1][name], theirs, rtol=0, atol=1e-6)
     before = dict(adder()[0].named_parameters())
     assert max((before[name] - theirs).abs().max() for name, theirs in ends[0].items()) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["grpo_trainer", "sft_trainer", "dpo_trainer", "reward_trainer"])
+def test_that_no_checkpoints_are_kept_is_said(name):
+    """Oracle: the setting, and the sentence; the one above shows how to have them."""
+    assert scale_out.grpo_arguments(SMALL, "unused").save_strategy == "no"
+    said = " ".join(getattr(scale_out, name).__doc__.split())
+    assert "No checkpoints are kept unless the options say so." in said
+    assert 'save_strategy="steps", save_steps=10' in scale_out.__doc__
+    assert "It keeps no checkpoints" in " ".join(scale_out.main.__doc__.split())
 
 
 def test_a_batch_is_that_of_all_processes(tmp_path, monkeypatch):
@@ -584,6 +912,26 @@ trainer.train()
 print("went on to the end")
 """
 
+OWN = """
+import json, os, sys
+from pathlib import Path
+import torch
+from rlhf_helpers import models, scale_out, settings
+from rlhf_helpers.algorithms import grpo
+
+torch.set_num_threads(1)
+policy, tokenizer = models.load(settings.TINY_ARITHMETIC)
+prompts, seen = [f"{n}+{n}=" for n in range(10, 30)], []
+def short(completions, prompts, wanted, **columns):
+    seen.extend(zip(prompts, wanted))
+    return [-abs(len(text) - n) for text, n in zip(completions, wanted)]
+config = grpo.Config(iterations=3, prompts=4, samples_per_prompt=4)
+columns, folder = {"wanted": list(range(20))}, Path(sys.argv[1])
+scale_out.grpo_trainer(
+    policy, tokenizer, prompts, short, config, columns, folder=folder).train()
+(folder / f"own{os.environ['RANK']}.json").write_text(json.dumps(seen))
+"""
+
 
 def launched(script, folder):
     """`accelerate launch` of a script with two processes: exit code, output. It is stopped at the
@@ -733,6 +1081,21 @@ def test_a_killed_process_ends_the_run(tmp_path):
     assert "SIGKILL" in output or "Signal 9" in output
 
 
+@pytest.mark.slow
+def test_a_readers_own_prompts_and_reward_run_in_two_processes(tmp_path):
+    """Oracle: the prompts and their columns as the script makes them; the command is that of the
+    package's run, with a script in the place of the module."""
+    code, output = launched(OWN, tmp_path)
+    assert code == 0, output[-3000:]
+    first, second = (json.loads((tmp_path / f"own{rank}.json").read_text()) for rank in (0, 1))
+    assert len(first) == len(second) == 3 * 8
+    assert all(prompt == f"{10 + n}+{10 + n}=" for prompt, n in first + second)
+    for step in range(3):
+        here, there = ({p for p, _ in seen[8 * step : 8 * step + 8]} for seen in (first, second))
+        assert len(here) == len(there) == 2
+        assert not here & there
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -752,3 +1115,25 @@ def test_arguments_are_refused_before_anything_starts(arguments, message, capsys
     with pytest.raises(SystemExit):
         scale_out.main(["--output", "unused", *arguments])
     assert message in capsys.readouterr().err
+
+
+def test_trl_knows_its_settings_before_the_model_is_read(tmp_path, monkeypatch):
+    """Oracle: the order of calls. Only then can the library divide the weights while it reads them;
+    it finds the settings through a weak reference."""
+    made, make = [], scale_out.GRPOConfig.__post_init__
+
+    def note(self):
+        make(self)
+        made.append(weakref.ref(self))
+
+    def load(source):
+        gc.collect()
+        assert made
+        assert made[-1]() is not None
+        assert made[-1]().output_dir == str(tmp_path)
+        raise InterruptedError(source)
+
+    monkeypatch.setattr(scale_out.GRPOConfig, "__post_init__", note)
+    monkeypatch.setattr(scale_out.models, "load", load)
+    with pytest.raises(InterruptedError, match="tiny-arithmetic"):
+        scale_out.main(["--output", str(tmp_path)])

@@ -186,8 +186,7 @@ def test_surprise_is_one_sequence_at_a_time(model, tokenizer):
     ("pairs", "config", "message"),
     [
         ([], {}, "pairs is empty"),
-        ([("a", "b"), ("", "b")], {}, "pairs[1] has an empty prompt"),
-        ([("a", "")], {}, "pairs[0] has an empty response"),
+        ([("a", "b"), ("a", "")], {}, "pairs[1] has an empty response"),
         (PAIRS, {"learning_rate": 0.0}, "learning_rate=0.0 must lie in"),
         (PAIRS, {"epochs": 0}, "epochs=0 must lie in"),
         (PAIRS, {"batch_size": 0}, "batch_size=0 must lie in"),

@@ -7,6 +7,8 @@ import pytest
 
 CONFIG = "repository:\n  url: https://github.com/some-one/a-book\n  branch: main\n"
 SITE = "https://some-one.github.io/a-book/"
+SOURCE = "https://github.com/some-one/a-book/blob/main/"
+RAW = "https://raw.githubusercontent.com/some-one/a-book/main/"
 
 
 def test_the_book_has_no_broken_link_and_no_numbered_chapter():
@@ -42,6 +44,14 @@ def found(book):
     )
 
 
+def test_the_readme_can_be_read_where_the_repository_is_not():
+    """An index of packages shows it without the files beside it."""
+    text = (check_links.ROOT / "README.md").read_text(encoding="utf-8")
+    targets = check_links.LINK.findall(text) + check_links.IMAGE.findall(text)
+    assert targets
+    assert not [target for target in targets if not target.startswith("https://")]
+
+
 def test_a_sound_book_has_no_problem(book):
     assert found(book) == ""
 
@@ -54,6 +64,8 @@ def test_a_sound_book_has_no_problem(book):
         ("notebooks/one.ipynb", "index.html", "gone.html", "is no page of _toc.yml"),
         ("book/index.md", "two.ipynb", "gone.ipynb", "leads to no file"),
         ("README.md", "notebooks/one", "one", "leads to no file: one.ipynb"),
+        ("README.md", SITE, SOURCE + "gone.md", "leads to no file: " + SOURCE + "gone.md"),
+        ("README.md", SITE, RAW + "gone.png", "leads to no file: " + RAW + "gone.png"),
         ("_toc.yml", "- file: notebooks/two\n", "", "a notebook that _toc.yml does not name"),
     ],
 )

@@ -127,9 +127,23 @@ def test_copies_leave_the_sources_alone(tmp_path):
     assert "42" in (tmp_path / "_build" / "run" / "notebooks" / "a.ipynb").read_text()
 
 
-def test_a_failing_copy_fails_the_command(tmp_path, capsys):
+def test_every_copy_is_tried_and_every_failure_told(tmp_path, capsys):
+    """A cell's own error, a kernel that dies, and a notebook that runs, in this order."""
     write_notebook(tmp_path / "notebooks" / "a.ipynb", "1 / 0")
+    write_notebook(tmp_path / "notebooks" / "b.ipynb", "import os\nos._exit(3)")
+    write_notebook(tmp_path / "notebooks" / "c.ipynb", "print(6 * 7)")
     for name in ("_config.yml", "_toc.yml"):
         (tmp_path / name).write_text("")
     assert run_copies.main(tmp_path) == 1
-    assert "ZeroDivisionError" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert "ZeroDivisionError" in errors
+    assert errors.endswith("failed: a, b\n")
+    assert "42" in (tmp_path / "_build" / "run" / "notebooks" / "c.ipynb").read_text()
+
+
+def test_figures_do_not_depend_on_the_environment(tmp_path, monkeypatch):
+    """Oracle: a picture in the stored output, without the book's set-up cell."""
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    path = write_notebook(tmp_path / "a.ipynb", "import pylab\npylab.plot([1, 2])\npylab.show()")
+    nb, _, _ = nbrun.execute(path)
+    assert "image/png" in nb.cells[0].outputs[-1].data

@@ -246,3 +246,16 @@ def test_inputs_are_left_as_they_were():
     assert matrix.grad is None
     assert bias.grad is None
     assert not found.requires_grad
+
+
+def test_no_graph_comes_out():
+    """Oracle: autograd's own bookkeeping, for a right-hand side and a product that have graphs."""
+    a, b = positive_definite(4)
+    weight = a.clone().requires_grad_()
+    found = conjugate_gradient(lambda v: weight @ v, b.clone().requires_grad_())
+    assert not found.requires_grad
+    matrix, bias, vector = two_parameters()
+    vector.requires_grad_()
+    found = hessian_vector_product(lambda: scalar(matrix, bias), [matrix, bias], vector, 0.1)
+    assert not found.requires_grad
+    assert vector.grad is None

@@ -11,8 +11,9 @@ import set_repo
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- chapters: written by `make tables` -->", "<!-- end of chapters -->"
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
-# Where a table stands, and whether its links to Colab are pictures: pages of the book load nothing
-# from elsewhere.
+# Where a table stands, and whether that is outside the book's own pages. There links are addresses,
+# since an index of packages shows the file without the repository, and those to Colab are pictures;
+# pages of the book load nothing from elsewhere.
 PLACES = {"README.md": True, "book/index.md": False}
 
 
@@ -27,6 +28,8 @@ def table(place, root=ROOT):
     lines = ["| | Chapter | The question it answers | Run it |", "|---|---|---|---|"]
     for one in contents.chapters(root):
         link = Path(os.path.relpath(root / one.path, (root / place).parent)).as_posix()
+        if PLACES[place]:
+            link = f"{set_repo.source_url(root)}/{link}"
         run = colab(one, PLACES[place], root)
         lines.append(f"| {one.number} | [{one.title}]({link}) | {one.question} | {run} |")
     return "\n".join(lines)

@@ -69,6 +69,9 @@ def problem(path, target, root=ROOT):
     """Why a link in a source leads nowhere, or None."""
     if target.startswith(site(root)):
         return page_problem(target, root)
+    for own in (set_repo.source_url(root), set_repo.raw_url(root)):
+        if target.startswith(f"{own}/") and not (root / target[len(own) + 1 :]).exists():
+            return f"leads to no file: {target}"
     if ELSEWHERE.match(target) or target.startswith("#"):
         return None
     goal = path.parent / target.split("#")[0]

@@ -1,5 +1,6 @@
 """Run one notebook from top to bottom: what `make book`, `make refresh` and `make bench` share."""
 
+import os
 import re
 import sys
 import time
@@ -65,8 +66,10 @@ def execute(path):
         extra_arguments=["--IPKernelApp.log_level=ERROR"],
         resources={"metadata": {"path": str(Path(path).parent)}},
     )
+    # Where MPLBACKEND is set (containers, CI) a kernel would draw into nothing.
+    environment = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
     start = time.perf_counter()
-    client.execute()
+    client.execute(env=environment)
     seconds = time.perf_counter() - start
     peak = float(nb.cells.pop().outputs[0]["text"])
     return nb, seconds, peak

@@ -6,7 +6,10 @@ import shutil
 import sys
 
 import nbrun
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellControlSignal, CellExecutionError, DeadKernelError
+
+# a cell's own error, one that takes too long, a kernel that died
+FAILURES = (CellExecutionError, CellControlSignal, DeadKernelError)
 
 
 def copy_sources(root, target):
@@ -24,20 +27,24 @@ def main(root=nbrun.ROOT):
     os.environ["RLHF_SCALE"] = "tiny"
     target = root / "_build" / "run"
     copy_sources(root, target)
-    total = 0.0
+    total, failed = 0.0, []
     for path in nbrun.find_notebooks(target):
         print(f"{path.stem:<32}", end="", flush=True)
         try:
             nb, seconds, _ = nbrun.execute(path)
-        except CellExecutionError as error:
-            print("failed")
-            print(error, file=sys.stderr)
-            return 1
+        except FAILURES as error:
+            # one that fails says nothing about the others
+            print("failed", flush=True)
+            print(error, file=sys.stderr, flush=True)
+            failed.append(path.stem)
+            continue
         nbrun.write(nbrun.normalise(nb), path)
         total += seconds
         print(f"{seconds:6.1f} s", flush=True)
-    print(f"{'all notebooks':<32}{total:6.1f} s")
-    return 0
+    print(f"{'all notebooks' if not failed else 'the others':<32}{total:6.1f} s")
+    if failed:
+        print("failed:", ", ".join(failed), file=sys.stderr)
+    return bool(failed)
 
 
 if __name__ == "__main__":

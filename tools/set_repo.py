@@ -37,6 +37,11 @@ def source_url(root=ROOT):
     return f"{settings['url']}/blob/{settings['branch']}"
 
 
+def raw_url(root=ROOT):
+    """Where a picture of the repository can be loaded from."""
+    return f"https://raw.githubusercontent.com/{name_of(root)}/{repository(root)['branch']}"
+
+
 def colab_url(notebook, root=ROOT):
     path = f"{name_of(root)}/blob/{repository(root)['branch']}/notebooks/{notebook}.ipynb"
     return f"https://colab.research.google.com/github/{path}"

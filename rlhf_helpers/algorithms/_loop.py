@@ -4,8 +4,6 @@ for the algorithms alone."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -13,13 +11,42 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_helpers.checkpoint import Checkpoint
+from rlhf_helpers import rewards
+from rlhf_helpers.logprobs import completion_log_probs
+from rlhf_helpers.rollout import Rollout
 
-# the ratio of an unchanged policy is 1 up to the rounding of float32
+# The ratio of an unchanged policy is 1 up to rounding: that of float32 at every token, and in half
+# precision, where single tokens are off by tenths of a nat, in the mean over tokens.
 RATIO_TOLERANCE = 1e-2
+HALF_TOLERANCE = 0.1
+_HALF = (torch.float16, torch.bfloat16)
 
 
 # --- what is trained, and in which order ---------------------------------------------------------
+
+
+def check_trainable(model: nn.Module, name: str = "policy", frozen: bool = False) -> None:
+    """Raises: ValueError if a model cannot be trained here: all its weights are frozen (unless
+    `frozen` allows that); one that is trained is in float16, in which AdamW's ε is 0; or gradient
+    checkpointing is on, which has an effect in training mode alone, and here dropout is off."""
+    parameters = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    if not parameters and not frozen:
+        raise ValueError(
+            f"{name} has nothing to train: all its weights are frozen; call"
+            f" {name}.requires_grad_(True), or give it an adapter"
+        )
+    for key, parameter in parameters.items():
+        if parameter.dtype == torch.float16:
+            raise ValueError(
+                f"{name} trains {key} in float16, half precision in which AdamW's steps are not"
+                " finite; take float32 or bfloat16, or an adapter in float32"
+            )
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        raise ValueError(
+            f"{name} has gradient checkpointing on, which works in training mode alone, and here"
+            f" dropout has to be off; call {name}.gradient_checkpointing_disable() and take"
+            " smaller batches"
+        )
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
@@ -101,7 +128,8 @@ def mean_of(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def mean_of_updates(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The same for the updates on one batch, and how many there were. The KL from the policy that
-    sampled grows from update to update, so the last one is told."""
+    sampled grows from update to update, so that of the last one is told: an estimate from its
+    mini-batch alone, before its step."""
     return mean_of(rows) | {"approx_kl": rows[-1]["approx_kl"], "updates": len(rows)}
 
 
@@ -127,68 +155,72 @@ def check_finite(**tensors: Tensor) -> None:
             )
 
 
-def check_ratio(log_probs: Tensor, old_log_probs: Tensor, mask: Tensor) -> None:
-    """Raises: TrainingStopped if the policy that is trained is not yet the one that sampled."""
-    difference = (log_probs.detach() - old_log_probs).masked_fill(~mask, 0.0).abs().max().item()
-    if not difference <= RATIO_TOLERANCE:
+def check_weights(**owners: nn.Module | None) -> None:
+    """After a step, before it is called good.
+
+    Raises: TrainingStopped on a trained weight that is not finite, naming it.
+    """
+    for owner, model in owners.items():
+        found = {} if model is None else trained_weights(model)
+        # asked of all at once, since each answer waits for the device
+        if found and not torch.stack([w.isfinite().all() for w in found.values()]).all():
+            check_finite(**{f"{owner}.{name}": weight for name, weight in found.items()})
+
+
+def half_precision(model: nn.Module) -> bool:
+    """Whether any of a model's weights is in float16 or bfloat16."""
+    return any(parameter.dtype in _HALF for parameter in model.parameters())
+
+
+def old_log_probs(policy: nn.Module, rollout: Rollout, temperature: float, group: int) -> Tensor:
+    """Log-probabilities of what was sampled, [N, C], that those of training can be compared with.
+
+    In float32 the sampler's own. In half precision a token at a time and all at once are rounded
+    differently, by tenths of a nat, so they are scored again as training does it.
+    """
+    if not half_precision(policy):
+        return rollout.log_probs
+    where = (rollout.tokens, rollout.attention_mask, rollout.completion_mask.shape[1])
+    return completion_log_probs(policy, *where, temperature, samples_per_prompt=group)
+
+
+def check_ratio(log_probs: Tensor, old_log_probs: Tensor, mask: Tensor, half: bool = False) -> None:
+    """Raises: TrainingStopped if the policy that is trained is not yet the one that sampled; `half`
+    says that it computes in half precision."""
+    differences = (log_probs.detach() - old_log_probs).masked_fill(~mask, 0.0).abs()
+    difference = (differences.sum() / mask.sum() if half else differences.max()).item()
+    if not difference <= (HALF_TOLERANCE if half else RATIO_TOLERANCE):
+        mean = ", in the mean and in half precision" if half else ""
         raise TrainingStopped(
             "first ratio",
             f"before any update the log-probabilities of sampling and of training differ by "
-            f"{difference:.3g} nats, so the ratio is not 1; look for dropout that is on, another "
-            "temperature, or padding without position ids",
+            f"{difference:.3g} nats{mean}, so the ratio is not 1; look for dropout that is on, "
+            "another temperature, padding without position ids, or half precision (autocast)",
         )
+
+
+def as_list(values: Any) -> list:
+    """A column of any kind (list, array, Series, tensor, of a data set) as a list of plain
+    values."""
+    return values.tolist() if hasattr(values, "tolist") else list(values)
+
+
+def as_columns(columns: Mapping[str, Any] | None) -> dict[str, list]:
+    """Further columns, each as a list."""
+    return {} if columns is None else {name: as_list(v) for name, v in columns.items()}
 
 
 def check_prompts(prompts: Sequence[str], columns: Mapping[str, Sequence] | None = None) -> None:
     """Raises: ValueError on no prompts, or a column of another length."""
-    if isinstance(prompts, str) or not prompts:
+    if isinstance(prompts, str) or not len(prompts):
         raise ValueError("prompts must be a list of at least one text")
-    for name, values in (columns or {}).items():
+    rewards.check_columns({} if columns is None else columns)
+    for name, values in ({} if columns is None else columns).items():
+        listed = hasattr(values, "__len__") and hasattr(values, "__getitem__")
+        if not listed or isinstance(values, str | bytes | Mapping):
+            raise ValueError(f"columns[{name!r}] is a {type(values).__name__}; pass a list")
         if len(values) != len(prompts):
             raise ValueError(
                 f"columns[{name!r}] has {len(values)} entries for {len(prompts)} prompts; make"
                 " them equal"
             )
-
-
-# --- a run that goes on --------------------------------------------------------------------------
-
-
-def digest(value: Any) -> str:
-    """A short name of anything that JSON can hold: the same value, the same name."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
-
-
-def state_of(run: Any, weights: Any, **further: Any) -> dict[str, Any]:
-    """What a checkpoint keeps of a run: trained weights, optimizer, generators and history.
-
-    Args:
-        run: with optimizer, sampling, order and history.
-        weights: what is trained, by name, nested as you like.
-        further: what else the algorithm needs to go on.
-    """
-    return {
-        "weights": weights,
-        "optimizer": run.optimizer.state_dict(),
-        "sampling": run.sampling.get_state(),
-        "order": run.order.get_state(),
-        "history": [list(metrics) for metrics in run.history],
-    } | further
-
-
-@torch.no_grad()
-def restore(run: Any, weights: Any, found: Checkpoint, metrics: type) -> None:
-    """Put back what `state_of` kept, apart from `further`; metrics is the type of the history."""
-    _copy(weights, found.state["weights"])
-    run.optimizer.load_state_dict(found.state["optimizer"])
-    run.sampling.set_state(found.state["sampling"])
-    run.order.set_state(found.state["order"])
-    run.history = [metrics(*values) for values in found.state["history"]]
-
-
-def _copy(weights: Any, stored: Any) -> None:
-    for name, value in weights.items():
-        if isinstance(value, Tensor):
-            value.copy_(stored[name])
-        else:
-            _copy(value, stored[name])

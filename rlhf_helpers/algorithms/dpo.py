@@ -7,7 +7,9 @@ log-probabilities of the given responses are needed, so they are computed once.
 
 from __future__ import annotations
 
+import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -28,7 +30,8 @@ from rlhf_helpers.algorithms._loop import (
     adamw,
     check_finite,
     check_prompts,
-    digest,
+    check_trainable,
+    check_weights,
     mean_of,
     prompt_indices,
     set_learning_rate,
@@ -36,11 +39,12 @@ from rlhf_helpers.algorithms._loop import (
     steps_per_epoch,
     trained,
 )
-from rlhf_helpers.algorithms.reward_model import Comparison
-from rlhf_helpers.algorithms.sampling import respond
+from rlhf_helpers.algorithms._resume import digest, model_digest
+from rlhf_helpers.algorithms.reward_model import Comparison, check_comparisons
+from rlhf_helpers.algorithms.sampling import check_prompt_lengths, respond
 from rlhf_helpers.logprobs import completion_log_probs
 from rlhf_helpers.losses import DPO_VARIANTS, PreferenceLoss, dpo_loss, simpo_loss
-from rlhf_helpers.rollout import Rollout, sample
+from rlhf_helpers.rollout import Rollout, end_tokens, sample
 from rlhf_helpers.worlds.enumerable import Language
 
 VARIANTS = (*DPO_VARIANTS, "length-normalised", "simpo")
@@ -151,32 +155,46 @@ class Metrics(NamedTuple):
     learning_rate: float
     kl: float | None  # KL(π‖π_ref) a response, from samples, nats; None where not measured
     held_out: Evaluation | None  # None where not measured
+    pairs: int = 0  # that the step, or the iteration of the online loop, learned from
+
+
+# of an iteration without a pair there is nothing to say in these
+_SAID_OF_PAIRS = Metrics._fields[1 : Metrics._fields.index("learning_rate")]
 
 
 # --- pairs ---------------------------------------------------------------------------------------
 
 
 def encode(tokenizer: Tokenizer, data: Sequence[Comparison]) -> list[Example]:
-    """Tokens of comparisons of two; each response is closed with the end-of-text token. The one
-    that is preferred by more than half becomes the chosen one.
+    """Tokens of comparisons of two; a response that has ended is closed with one end-of-text token,
+    a `models.Cut` is not. The one that is preferred by more than half becomes the chosen one.
 
     Args:
         tokenizer: with an end-of-text token.
         data: as `reward_model.comparisons` or `reward_model.labelled` makes them.
-    Raises: ValueError on no data, a comparison of another size, one with a margin or a weight
-        (DPO knows neither), or as `sft.encode`.
+    Raises: ValueError on no data, and with its index on a comparison of another size, one with a
+        margin or a weight (DPO knows neither), an empty response, two that are equal as texts (see
+        `reward_model.check_comparisons`) or as tokens, or as `sft.encode`.
     """
     if not data:
         raise ValueError("data is empty; pass at least one Comparison")
+    check_comparisons(data)
     for index, one in enumerate(data):
         if len(one.responses) != 2:
             raise ValueError(f"data[{index}] has {len(one.responses)} responses; pass two")
         if one.margin != 0.0 or one.weight != 1.0:
             raise ValueError(f"data[{index}] has a margin or a weight, which DPO does not use")
-    texts = [(one.prompt, response) for one in data for response in one.responses]
-    found = sft.encode(tokenizer, texts)
+    columns = [
+        sft.encode(tokenizer, [(one.prompt, one.responses[side]) for one in data], "data")
+        for side in range(2)
+    ]
     examples = []
-    for one, first, second in zip(data, found[::2], found[1::2], strict=True):
+    for index, (one, first, second) in enumerate(zip(data, *columns, strict=True)):
+        if first.response == second.response:
+            raise ValueError(
+                f"data[{index}] has two responses with the same tokens, so nothing can be learned"
+                " from it; leave it out"
+            )
         sides = (first, second) if one.preference >= 0.5 else (second, first)
         share = max(one.preference, 1.0 - one.preference)
         examples.append(Example(first.prompt, sides[0].response, sides[1].response, share))
@@ -228,36 +246,40 @@ def cached_log_probs(
     Args:
         path: a safetensors file.
         model, examples, pad_token_id: as in `reference_log_probs`.
-    Raises: ValueError if the file belongs to another model or other pairs, or is damaged. It is
-        never overwritten.
+    Raises: ValueError if the file belongs to another model or other pairs, or is damaged, which a
+        checksum of the numbers tells. It is never overwritten.
     """
     path = Path(path)
     key = {
-        "model": models.weights_digest(model),
+        "model": model_digest(model),
         "data": digest(list(examples)),
     }
     if path.exists():
-        return _read_cache(path, key)
+        return _read_cache(path, key, len(examples))
     found = reference_log_probs(model, examples, pad_token_id)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    save_file({"log_probs": found}, aside, metadata=key)
+    save_file({"log_probs": found}, aside, metadata=key | {"values": digest(found.tolist())})
     os.replace(aside, path)
     return found
 
 
-def _read_cache(path: Path, key: dict[str, str]) -> Tensor:
+def _read_cache(path: Path, key: dict[str, str], count: int) -> Tensor:
     advice = "delete it, or pass another path"
+    broken = f"{path} is no whole cache of log-probabilities; {advice}"
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             log_probs = file.get_tensor("log_probs")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is no whole cache of log-probabilities; {advice}") from error
+        raise ValueError(broken) from error
     for what, wanted in key.items():
         if metadata.get(what) != wanted:
             other = "another model" if what == "model" else "other pairs"
             raise ValueError(f"{path} holds the log-probabilities of {other}; {advice}")
+    fits = log_probs.dtype == torch.float32 and log_probs.shape == (count, 2)
+    if not fits or metadata.get("values") != digest(log_probs.tolist()):
+        raise ValueError(broken)
     return log_probs
 
 
@@ -319,6 +341,7 @@ def update(
     norm = nn.utils.clip_grad_norm_(trained(policy), config.max_grad_norm)
     check_finite(gradient=norm)
     optimizer.step()
+    check_weights(policy=policy)
     return sums | {"grad_norm": norm.item()}
 
 
@@ -383,10 +406,13 @@ def train(
         cache: file for the log-probabilities of the reference, see `cached_log_probs`.
     Yields: Metrics, one a step.
     Raises: ValueError on no data, settings out of range, a label that the variant cannot use, a
+        pair that is longer than the model's context (before the first step, with its index), a
         stale cache, an adapter that was trained before, or as `update`.
     Source: Rafailov et al. 2023, "Direct Preference Optimization", section 4.
     """
     _check(config, data)
+    check_trainable(policy)
+    _check_lengths(policy, data, held_out, config)
     policy.eval()  # no dropout: the first loss has to be log 2
     pad, device = tokenizer.pad_token_id, next(policy.parameters()).device
     # a copy of a plain policy is needed for the KL alone; an adapter is switched off
@@ -404,7 +430,19 @@ def train(
             measured = evaluate(policy, held_out, reference[len(data) :], pad, config)
             prompts = [one.prompt for one in held_out[:_KL_PROMPTS]]
             kl = sampled_kl(policy, frozen, tokenizer, prompts, config)
-        yield Metrics(step + 1, **found, learning_rate=rate, kl=kl, held_out=measured)
+        told = {"kl": kl, "held_out": measured, "pairs": len(rows)}
+        yield Metrics(step + 1, **found, learning_rate=rate, **told)
+
+
+def _check_lengths(
+    policy: nn.Module, data: Sequence[Example], held_out: Sequence[Example], config: Config
+) -> None:
+    for name, examples in (("data", data), ("held_out", held_out)):
+        lengths = [len(one.prompt) + max(map(len, one[1:3])) for one in examples]
+        sft.check_lengths(policy, lengths, name, "shorten it or leave it out")
+    answered = [len(one.prompt) + config.max_new_tokens for one in held_out[:_KL_PROMPTS]]
+    fix = f"lower max_new_tokens={config.max_new_tokens} or shorten the prompt"
+    sft.check_lengths(policy, answered, "held_out", fix)
 
 
 def _reference(
@@ -457,7 +495,7 @@ def sampled_kl(
         tokens.to(device),
         mask.to(device),
         config.max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=end_tokens(policy, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
         generator=luck,
     )
@@ -482,30 +520,39 @@ def online(
         prompts: texts; each iteration takes the next ones.
         reward: the judge, a reward function in log-odds: a pair's label is σ(difference).
         config: the settings; steps are counted over the whole run.
-    Yields: Metrics, one an iteration: means over its steps; `kl` from its samples, before them.
-    Raises: ValueError on no prompts, settings out of range, a variant that cannot use labels
-        between 0 and 1, or as `rewards.score`.
+    Yields: Metrics, one an iteration: means over its steps; `kl` from its samples, before them. An
+        iteration without a pair, in which all scores of each prompt are equal or all responses,
+        changes nothing: its `pairs` is 0, and what is said of pairs is NaN.
+    Raises: ValueError on no prompts, one that is too long (before the first step, with its index),
+        settings out of range, a variant that cannot use labels between 0 and 1, as `rewards.score`,
+        or after the last iteration if none had a pair, saying why.
     Source: Guo et al. 2024, "Direct Language Model Alignment from Online AI Feedback", section 3.
     """
     _check(config, soft=True)
     check_prompts(prompts)
+    check_prompt_lengths(policy, tokenizer, prompts, config.max_new_tokens)
+    check_trainable(policy)
     policy.eval()
     frozen, optimizer = models.reference(policy), adamw(policy, config.learning_rate)
     pad, device = tokenizer.pad_token_id, next(policy.parameters()).device
-    luck = torch.Generator(device).manual_seed(config.seed)
+    luck, left_out = torch.Generator(device).manual_seed(config.seed), Counter()
     for index in range(config.iterations):
         some = [prompts[i] for i in prompt_indices(len(prompts), index, config)]
         rollout, scores = answers(policy, tokenizer, some, reward, config, luck)
-        data = judged(rollout, scores, scores.argmax(1), scores.argmin(1))
+        data, why = pairs_of(rollout, scores, scores.argmax(1), scores.argmin(1))
+        left_out += why + Counter(pairs=len(data))
         rate = set_learning_rate(optimizer, index, config.iterations, config.warm_up)
         with frozen() as model:
             reference = reference_log_probs(model, data, pad)
-        seen = []
-        for rows in shuffled(len(data), config):
+        seen = [] if data else [dict.fromkeys(_SAID_OF_PAIRS, math.nan)]
+        for rows in shuffled(len(data), config) if data else ():
             batch = collate([data[i] for i in rows.tolist()], reference[rows], pad)
             seen.append(update(policy, optimizer, _to(batch, device), config))
         kl = _log_ratio(rollout, frozen, config.samples_per_prompt).mean().item()
-        yield Metrics(index + 1, **mean_of(seen), learning_rate=rate, kl=kl, held_out=None)
+        told = {"kl": kl, "held_out": None, "pairs": len(data)}
+        yield Metrics(index + 1, **mean_of(seen), learning_rate=rate, **told)
+    if not left_out["pairs"]:
+        raise ValueError(_no_pair(left_out, "equal scores"))
 
 
 def answers(
@@ -523,7 +570,9 @@ def answers(
     return found.rollout, found.scores.view(-1, group).cpu()
 
 
-def judged(rollout: Rollout, scores: Tensor, first: Tensor, second: Tensor) -> list[Example]:
+def pairs_of(
+    rollout: Rollout, scores: Tensor, first: Tensor, second: Tensor
+) -> tuple[list[Example], Counter]:
     """Two responses of each prompt as a pair; equal ones are left out.
 
     Args:
@@ -531,9 +580,10 @@ def judged(rollout: Rollout, scores: Tensor, first: Tensor, second: Tensor) -> l
         scores: [B, G], log-odds.
         first, second: [B], which of the G; the one with the higher score becomes the chosen one,
             with the label σ(difference of scores).
-    Raises: ValueError if no pair is left.
+    Returns: (pairs, how many prompts have none): "one" where first and second are the same, "equal"
+        where they have the same tokens.
     """
-    found = []
+    found, left_out = [], Counter()
     group = scores.shape[1]
     tokens, mask = rollout.tokens.cpu(), rollout.attention_mask.bool().cpu()
     width = rollout.prompt_length
@@ -542,13 +592,30 @@ def judged(rollout: Rollout, scores: Tensor, first: Tensor, second: Tensor) -> l
         rows = [index * group + best, index * group + worst]
         prompt = tokens[rows[0], :width][mask[rows[0], :width]].tolist()
         sides = [tokens[row, width:][mask[row, width:]].tolist() for row in rows]
-        if sides[0] != sides[1]:
+        if sides[0] == sides[1]:
+            left_out["one" if best == worst else "equal"] += 1
+        else:
             gap = (scores[index, best] - scores[index, worst]).item()
             label = torch.sigmoid(torch.tensor(gap)).item()
             found.append(Example(prompt, *sides, label))
+    return found, left_out
+
+
+def judged(rollout: Rollout, scores: Tensor, first: Tensor, second: Tensor) -> list[Example]:
+    """The pairs of `pairs_of`.
+
+    Raises: ValueError if there is none, saying why.
+    """
+    found, left_out = pairs_of(rollout, scores, first, second)
     if not found:
-        raise ValueError("policy gave equal responses to each prompt; nothing can be compared")
+        raise ValueError(_no_pair(left_out, "one response"))
     return found
+
+
+def _no_pair(left_out: Counter, one: str) -> str:
+    reasons = {"one": one, "equal": "equal responses"}
+    listed = " and ".join(f"{reasons[k]} to {left_out[k]}" for k in reasons if left_out[k])
+    return f"no prompt gave a pair to compare: there were {listed} of the prompts"
 
 
 def accept(scores: Tensor, beta: float, generator: torch.Generator) -> Tensor:
@@ -583,10 +650,13 @@ def rejection_sampled(
     Prompts of which fewer than two different responses are kept give no pair.
 
     Args: as in `online`, with samples_per_prompt as the number of candidates.
-    Raises: ValueError on settings out of range, or if no pair is left.
+    Raises: ValueError on settings out of range, a prompt that is too long, or if no pair is left,
+        saying why.
     Source: Liu et al. 2024, section 3.
     """
     _check(config, soft=True)
+    check_prompts(prompts)
+    check_prompt_lengths(policy, tokenizer, prompts, config.max_new_tokens)
     luck = torch.Generator(next(policy.parameters()).device).manual_seed(config.seed)
     order = torch.Generator().manual_seed(config.seed)
     rollout, scores = answers(policy, tokenizer, prompts, reward, config, luck)

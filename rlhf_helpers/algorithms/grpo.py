@@ -10,9 +10,10 @@ samples of its prompt.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from rlhf_helpers import checkpoint, models, rewards
-from rlhf_helpers._validate import in_range, one_of
+from rlhf_helpers._validate import all_equal, in_range, one_of
 from rlhf_helpers.advantages import (
     ADVANTAGE_SCALES,
     group_relative_advantages,
@@ -29,20 +30,24 @@ from rlhf_helpers.advantages import (
 )
 from rlhf_helpers.algorithms._loop import (
     adamw,
+    as_columns,
+    as_list,
     check_finite,
     check_prompts,
     check_ratio,
-    digest,
+    check_trainable,
+    check_weights,
+    half_precision,
     mean_of_updates,
+    old_log_probs,
     picked,
     prompt_indices,
-    restore,
     set_learning_rate,
-    state_of,
     trained,
     trained_weights,
 )
-from rlhf_helpers.algorithms.sampling import respond
+from rlhf_helpers.algorithms._resume import identity_of, look_for, restore, state_of
+from rlhf_helpers.algorithms.sampling import check_prompt_lengths, respond
 from rlhf_helpers.algorithms.sampling import solve as solve
 from rlhf_helpers.logprobs import completion_log_probs
 from rlhf_helpers.losses import GRPO_TYPES, IMPORTANCE, grpo_loss
@@ -81,7 +86,8 @@ class Config:
         scale: what the centred rewards are divided by: "group", "batch" or "none"; or
             "leave-one-out", the reward less the mean of the others.
         loss_type: "grpo", "bnpo", "dr_grpo" or "dapo": how tokens are weighed.
-        importance: "token" or "sequence".
+        importance: "token" or "sequence". GSPO is "sequence" with loss_type "grpo"; the other loss
+            types weigh a sequence's one ratio by its length, and a warning says so.
         clip, clip_high: ε below and above 1; clip_high None means clip.
         beta: price of a nat of KL in the loss; 0 needs no reference.
         bias_correct_kl: whether k3 is multiplied by the ratio.
@@ -151,7 +157,7 @@ class Metrics(NamedTuple):
     kl: float  # log π − log π_ref summed over tokens, mean over sequences; NaN without a reference
     loss: float  # mean over the updates; 0 at the first update of a batch, whatever is learned
     clip_fraction: float
-    approx_kl: float  # of the policy from `old`, nats a token, at the last update, before its step
+    approx_kl: float  # from `old`, nats a token: estimate on the last mini-batch, before its step
     grad_norm: float
     updates: int
     rollout_seconds: float
@@ -195,6 +201,7 @@ def groups(
         run.policy, run.tokenizer, prompts, reward, run.sampling, group, *how, columns
     )
     mask = rollout.completion_mask
+    log_probs = old_log_probs(run.policy, rollout, config.temperature, group)
     where = (rollout.tokens, rollout.attention_mask, mask.shape[1])
     ref_log_probs = None
     if run.reference is not None:
@@ -203,7 +210,7 @@ def groups(
                 model, *where, config.temperature, samples_per_prompt=group
             )
     advantages = advantages_of(scores, config)
-    logs = (rollout.log_probs, ref_log_probs, scores, advantages, ended, len(scores))
+    logs = (log_probs, ref_log_probs, scores, advantages, ended, len(scores))
     return Batch(*where[:2], mask, *logs)
 
 
@@ -217,8 +224,7 @@ def advantages_of(scores: Tensor, config: Config) -> Tensor:
 def kept(batch: Batch, config: Config) -> tuple[Batch, float]:
     """The batch without the groups that teach nothing, unless the settings keep them, and the share
     of such groups. If all are such, the batch stays as it is."""
-    grouped = batch.rewards.view(-1, config.samples_per_prompt)
-    varied = (grouped != grouped[:, :1]).any(1)
+    varied = ~all_equal(batch.rewards.view(-1, config.samples_per_prompt))[:, 0]
     share = 1.0 - varied.double().mean().item()
     if config.constant_groups == "keep" or not varied.any():
         return batch, share
@@ -296,11 +302,11 @@ def collect(
         found.append(batch)
         shares.append(share)
         if (
-            sum(len(one.rewards) for one in found if _varied(one))
+            sum(len(one.rewards) for one in found if _varied(one, config))
             >= config.prompts * config.samples_per_prompt
         ):
             break
-    useful = [one for one in found if _varied(one)] or found[:1]
+    useful = [one for one in found if _varied(one, config)] or found[:1]
     batch = _join(useful, run.tokenizer.pad_token_id)
     sampled = sum(one.sampled for one in found)
     most = config.prompts * config.samples_per_prompt
@@ -310,8 +316,9 @@ def collect(
     return _rows(batch, keep)._replace(sampled=sampled), told
 
 
-def _varied(batch: Batch) -> bool:
-    return bool((batch.advantages != 0).any())
+def _varied(batch: Batch, config: Config) -> bool:
+    """Whether any group teaches something; only then does `kept` leave out the others."""
+    return not all_equal(batch.rewards.view(-1, config.samples_per_prompt)).all()
 
 
 def _rows(batch: Batch, rows: Tensor) -> Batch:
@@ -356,7 +363,8 @@ def update(run: Run, batch: Batch, config: Config) -> dict[str, float]:
     """Passes over the batch, each in mini-batches of whole groups.
 
     Returns: means over the updates, and how many there were.
-    Raises: TrainingStopped if the first ratio is not 1, or on a loss that is not finite.
+    Raises: TrainingStopped if the first ratio is not 1, on a loss or a gradient that is not finite,
+        or if the weights are not after the last step.
     """
     group, seen = config.samples_per_prompt, []
     count = len(batch.rewards) // group
@@ -366,6 +374,7 @@ def update(run: Run, batch: Batch, config: Config) -> dict[str, float]:
             inside = torch.arange(group)
             rows = (chosen[:, None] * group + inside).flatten().to(batch.tokens.device)
             seen.append(step(run, _rows(batch, rows), config, first=not seen))
+    check_weights(policy=run.policy)
     return mean_of_updates(seen)
 
 
@@ -377,7 +386,7 @@ def step(run: Run, batch: Batch, config: Config, first: bool = False) -> dict[st
         run.policy, *where, config.temperature, samples_per_prompt=config.samples_per_prompt
     )
     if first:
-        check_ratio(log_probs, batch.old_log_probs, batch.mask)
+        check_ratio(log_probs, batch.old_log_probs, batch.mask, half_precision(run.policy))
     found = grpo_loss(
         log_probs,
         batch.old_log_probs,
@@ -405,7 +414,12 @@ def step(run: Run, batch: Batch, config: Config, first: bool = False) -> dict[st
 
 def start(policy: nn.Module, tokenizer: Tokenizer, config: Config) -> Run:
     """A run before its first iteration; with a price on KL the policy as it is becomes the
-    reference."""
+    reference.
+
+    Raises: ValueError if the policy has nothing to train, is trained in float16, or has gradient
+        checkpointing on; or as `models.reference`.
+    """
+    check_trainable(policy)
     policy.eval()  # no dropout: the first ratio has to be 1
     device = next(policy.parameters()).device
     return Run(
@@ -442,7 +456,7 @@ def train(
         kinds: the kind of each prompt, e.g. its level; kinds whose groups teach most are then drawn
             most often, see `chances`. None takes the prompts in a random order.
         folder: where checkpoints are written. If it holds one, the run goes on from there: pass the
-            same arguments, the policy as it was at the start included.
+            same arguments, the policy as it was at the start included. A folder is for one run.
         save_every: iterations from one checkpoint to the next; the last is always kept.
     Yields: Metrics, one an iteration; those of earlier iterations first when a run goes on.
     Raises: ValueError on settings out of range, or as `checkpoint.load`; TrainingStopped, with
@@ -451,15 +465,18 @@ def train(
     """
     check(config, prompts, columns, kinds)
     in_range(save_every, "save_every", 1)
-    run = start(policy, tokenizer, config)
-    further = {name: list(values) for name, values in (columns or {}).items()}
-    identity = {
-        "config": asdict(config),
-        "prompts": digest([list(prompts), further, kinds and list(kinds)]),
-        "start": models.weights_digest(policy),
-    }
+    prompts, columns = as_list(prompts), as_columns(columns)
+    check_prompt_lengths(policy, tokenizer, prompts, config.max_new_tokens)
+    kinds = None if kinds is None else as_list(kinds)
+    identity, found = {}, None
     if folder is not None:
-        _restore(run, checkpoint.load(folder, identity))
+        data = {"prompts": prompts, "columns": columns, "kinds": kinds}
+        identity = identity_of(config, policy, tokenizer, reward, data)
+        found = look_for(folder, identity)
+    run = start(policy, tokenizer, config)
+    if folder is not None:
+        _restore(run, found)
+        checkpoint.begin(folder, identity["start"])
         yield from run.history
     for index in range(len(run.history), config.iterations):
         set_learning_rate(run.optimizer, index, config.iterations, config.warm_up)
@@ -526,7 +543,8 @@ def _state(run: Run) -> dict[str, Any]:
 def _restore(run: Run, found: checkpoint.Checkpoint | None) -> None:
     if found is None:
         return
-    restore(run, trained_weights(run.policy), found, Metrics)
+    drawn = {"rounds": run.rounds, "learnability": run.learnability}
+    restore(run, trained_weights(run.policy), found, Metrics, **drawn)
     run.rounds = found.state["rounds"]
     run.learnability = found.state["learnability"]
 
@@ -540,6 +558,8 @@ def check(
     """Raises: ValueError on prompts, columns, kinds or settings that do not fit, naming them."""
     check_prompts(prompts, columns)
     if kinds is not None:
+        if isinstance(kinds, str):
+            raise ValueError("kinds is one text; pass a list with the kind of each prompt")
         if len(kinds) != len(prompts):
             raise ValueError(f"kinds has {len(kinds)} entries for {len(prompts)} prompts")
         if not all(isinstance(kind, str) for kind in kinds):
@@ -548,10 +568,16 @@ def check(
     one_of(config.loss_type, GRPO_TYPES, "loss_type")
     one_of(config.importance, IMPORTANCE, "importance")
     one_of(config.constant_groups, CONSTANT_GROUPS, "constant_groups")
+    if config.importance == "sequence" and config.loss_type != "grpo":
+        warnings.warn(
+            f'importance="sequence" with loss_type={config.loss_type!r} weighs the one ratio of a'
+            ' sequence by its length, which is not GSPO; take loss_type="grpo" for that',
+            stacklevel=3,
+        )
     for name in _COUNTS:
         in_range(getattr(config, name), name, 1)
     for name in _POSITIVE:
-        in_range(getattr(config, name), name, 0.0, open_low=True)
+        in_range(getattr(config, name), name, 0.0, open_low=True, infinite=name == "clip")
     in_range(config.beta, "beta", 0.0)
     in_range(config.warm_up, "warm_up", 0.0, 1.0)
     if config.samples_per_prompt < 2:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,27 +20,31 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from rlhf_helpers import checkpoint, models, rewards
-from rlhf_helpers._forward import completion_states
-from rlhf_helpers._validate import in_range, one_of
+from rlhf_helpers._forward import checked_mask, completion_states
+from rlhf_helpers._validate import as_float, in_range, one_of
 from rlhf_helpers.advantages import discounted_returns, gae, leave_one_out_advantages
 from rlhf_helpers.algorithms import sft
 from rlhf_helpers.algorithms._loop import (
     TrainingStopped,
+    as_columns,
+    as_list,
     check_finite,
     check_prompts,
     check_ratio,
-    digest,
+    check_trainable,
+    check_weights,
+    half_precision,
     mean_of_updates,
+    old_log_probs,
     picked,
     prompt_indices,
-    restore,
     set_learning_rate,
-    state_of,
     trained,
     trained_weights,
 )
+from rlhf_helpers.algorithms._resume import identity_of, look_for, restore, state_of
+from rlhf_helpers.algorithms.sampling import check_prompt_lengths, respond
 from rlhf_helpers.algorithms.sampling import evaluate as evaluate
-from rlhf_helpers.algorithms.sampling import respond
 from rlhf_helpers.kl import AdaptiveKLController, kl_estimate
 from rlhf_helpers.logprobs import (
     completion_log_probs,
@@ -54,7 +58,7 @@ from rlhf_helpers.losses import PolicyLoss, ppo_clip_loss, value_loss
 BASELINES = ("value", "group", "none")
 PATIENCE = 5  # iterations in a row before a slow fault stops a run
 _ENTROPY_ROWS = 16  # sequences that the logged entropy is measured on
-# settings that are at least 1, and those that are above 0
+# settings that are at least 1, those that are at least 0, and those that are above 0
 _COUNTS = (
     "iterations",
     "prompts",
@@ -62,6 +66,13 @@ _COUNTS = (
     "max_new_tokens",
     "epochs",
     "mini_batches",
+)
+_FROM_ZERO = (
+    "kl_coefficient",
+    "entropy_coefficient",
+    "ptx_coefficient",
+    "missing_end_penalty",
+    "value_coefficient",
 )
 _POSITIVE = (
     "temperature",
@@ -100,10 +111,12 @@ class Config:
         kl_horizon: samples that it takes to adapt.
         entropy_coefficient: of the entropy bonus.
         ptx_coefficient: of the loss on texts given as `ptx` ("PPO-ptx").
-        stop_kl: nats a token; the updates on a batch end when the KL from `old` exceeds 1.5 times
-            this. None: never.
+        stop_kl: nats a token; the updates on a batch end when the KL from `old`, as estimated on
+            one mini-batch before its step, exceeds 1.5 times this. None: never.
         missing_end_penalty: taken from the score of a completion that did not end.
         seed: of sampling and of the order of prompts.
+        value_coefficient: of the value loss. It matters with `ValueModel(share_trunk=True)`, where
+            that loss moves the policy too; otherwise Adam's steps hardly depend on it.
     """
 
     iterations: int = 20
@@ -132,6 +145,7 @@ class Config:
     stop_kl: float | None = None
     missing_end_penalty: float = 0.0
     seed: int = 0
+    value_coefficient: float = 1.0
 
 
 # What the chapter changes, by scale.
@@ -177,7 +191,7 @@ class Metrics(NamedTuple):
     kl_coefficient: float
     entropy: float  # of the next token, over the vocabulary, nats
     clip_fraction: float
-    approx_kl: float  # of the policy from `old`, nats a token, at the last update, before its step
+    approx_kl: float  # from `old`, nats a token: estimate on the last mini-batch, before its step
     explained_variance: float  # share of the returns' variance that the values foresaw
     policy_loss: float
     value_loss: float
@@ -251,19 +265,20 @@ def collect(
         run.policy, run.tokenizer, prompts, reward, run.sampling, group, *how, columns
     )
     mask = rollout.completion_mask
+    log_probs = old_log_probs(run.policy, rollout, config.temperature, group)
     scores = scores - config.missing_end_penalty * ~ended
     where = (rollout.tokens, rollout.attention_mask, mask.shape[1])
     with run.reference() as reference:
         ref_log_probs = completion_log_probs(
             reference, *where, config.temperature, samples_per_prompt=group
         )
-    values = torch.zeros_like(rollout.log_probs)
+    values = torch.zeros_like(log_probs)
     if run.value_model is not None:
-        values = run.value_model(*where, group)
+        values = run.value_model(*where, group).to(log_probs)
     check_finite(reference_log_probs=ref_log_probs, values=values)
-    shaped = kl_rewards(scores, rollout.log_probs, ref_log_probs, mask, run.kl_coefficient)
+    shaped = kl_rewards(scores, log_probs, ref_log_probs, mask, run.kl_coefficient)
     advantages, returns = advantages_of(shaped, values, mask, config)
-    logs = (rollout.log_probs, ref_log_probs, values, shaped, advantages, returns)
+    logs = (log_probs, ref_log_probs, values, shaped, advantages, returns)
     return Batch(*where[:2], mask, *logs, scores, ended, texts)
 
 
@@ -297,7 +312,8 @@ def update(
     """Several passes over the batch, each in mini-batches of whole prompts.
 
     Returns: means over the updates, and how many there were.
-    Raises: TrainingStopped if the first ratio is not 1, or on a loss that is not finite.
+    Raises: TrainingStopped if the first ratio is not 1, on a loss or a gradient that is not finite,
+        or if the weights are not after the last step.
     """
     group, seen = config.samples_per_prompt, []
     size = len(batch.scores) // group // config.mini_batches
@@ -310,6 +326,7 @@ def update(
         else:
             continue
         break
+    check_weights(policy=run.policy, value_model=run.value_model)
     return mean_of_updates(seen)
 
 
@@ -363,7 +380,7 @@ def losses(
             run.policy, *where, config.temperature, samples_per_prompt=config.samples_per_prompt
         )
     if first:
-        check_ratio(log_probs, old, mask)
+        check_ratio(log_probs, old, mask, half_precision(run.policy))
     policy: PolicyLoss = ppo_clip_loss(log_probs, old, batch.advantages[rows], mask, config.clip)
     loss = policy.loss - config.entropy_coefficient * bonus
     found = {
@@ -373,10 +390,9 @@ def losses(
         "value_loss": 0.0,
     }
     if run.value_model is not None:
-        values = run.value_model(*where, config.samples_per_prompt)
+        values = run.value_model(*where, config.samples_per_prompt).to(old)
         error = value_loss(values, batch.values[rows], batch.returns[rows], mask, config.value_clip)
-        # its parameters are others, so no coefficient is needed
-        loss = loss + error
+        loss = loss + config.value_coefficient * error
         found["value_loss"] = error.item()
     return loss, found
 
@@ -396,8 +412,10 @@ def ptx_loss(run: Run, ptx: Sequence[sft.Example], count: int) -> Tensor:
 def completion_logits(
     model: nn.Module, tokens: Tensor, attention_mask: Tensor, completion_length: int
 ) -> Tensor:
-    """Logits [N, C, V] that predict the completion; those of the prompt are not made."""
-    return completion_states(model, tokens, attention_mask.long(), completion_length, 1)
+    """Logits [N, C, V] that predict the completion; those of the prompt are not made. A model in
+    half precision gives float32, which can be divided by a temperature."""
+    mask = checked_mask(model, tokens, attention_mask, completion_length)
+    return as_float(completion_states(model, tokens, mask, completion_length, 1))
 
 
 # --- train ---------------------------------------------------------------------------------------
@@ -413,15 +431,21 @@ def start(
         tokenizer: its tokenizer.
         config: the settings.
         value_model: a `ValueModel`; None makes one from the policy's trunk if the settings ask for
-            one.
+            one. What it shares with the policy is trained once, at the policy's rate.
+    Raises: ValueError if the policy has nothing to train, is trained in float16, or has gradient
+        checkpointing on; or as `models.reference`.
     """
+    check_trainable(policy)
     policy.eval()  # no dropout: the first ratio has to be 1
     if value_model is None and config.baseline == "value":
         value_model = models.ValueModel(policy)
     groups = [{"params": trained(policy), "highest": config.learning_rate}]
     if value_model is not None:
+        check_trainable(value_model, "value_model", frozen=True)
         value_model.eval()
-        groups.append({"params": trained(value_model), "highest": config.value_learning_rate})
+        shared = {id(parameter) for parameter in groups[0]["params"]}
+        alone = [parameter for parameter in trained(value_model) if id(parameter) not in shared]
+        groups.append({"params": alone, "highest": config.value_learning_rate})
     controller = None
     if config.kl_target is not None:
         controller = AdaptiveKLController(
@@ -466,7 +490,7 @@ def train(
         columns: further columns, as long as `prompts`, that the reward function is given.
         ptx: (prompt, response) pairs for the PPO-ptx term.
         folder: where checkpoints are written. If it holds one, the run goes on from there: pass the
-            same arguments, the policy as it was at the start included.
+            same arguments, the policy as it was at the start included. A folder is for one run.
         save_every: iterations from one checkpoint to the next; the last is always kept.
     Yields: Metrics, one an iteration; those of earlier iterations first when a run goes on.
     Raises: ValueError on settings out of range, or as `checkpoint.load`; TrainingStopped, with a
@@ -476,17 +500,20 @@ def train(
     """
     _check(config, prompts, columns, ptx)
     in_range(save_every, "save_every", 1)
-    run = start(policy, tokenizer, config, value_model)
-    identity = {
-        "config": asdict(config),
-        "prompts": digest([list(prompts), list(ptx)]),
-        "reference": models.weights_digest(policy),
-    }
+    prompts, columns = as_list(prompts), as_columns(columns)
+    check_prompt_lengths(policy, tokenizer, prompts, config.max_new_tokens)
+    identity, found = {}, None
     if folder is not None:
-        _restore(run, checkpoint.load(folder, identity))
+        data = {"prompts": prompts, "columns": columns, "ptx": list(ptx)}
+        identity = identity_of(config, policy, tokenizer, reward, data, value_model)
+        found = look_for(folder, identity)
+    run = start(policy, tokenizer, config, value_model)
+    if folder is not None:
+        _restore(run, found)
+        checkpoint.begin(folder, identity["start"])
         yield from run.history
         diagnose(run.history)
-    examples = sft.encode(tokenizer, ptx) if ptx else ()
+    examples = sft.encode_fitting(policy, tokenizer, ptx, "ptx pairs") if ptx else ()
     for index in range(len(run.history), config.iterations):
         set_learning_rate(run.optimizer, index, config.iterations, config.warm_up)
         chosen = prompt_indices(len(prompts), index, config)
@@ -541,7 +568,7 @@ def measure(run: Run, batch: Batch, config: Config) -> dict[str, float]:
         "reward": batch.rewards.sum(1).mean().item(),
         "score": batch.scores.mean().item(),
         # in float64 that of equal scores is 0, without a residue of the mean's rounding
-        "score_std": batch.scores.double().std().item(),
+        "score_std": batch.scores.double().std().item() if len(batch.scores) > 1 else 0.0,
         "kl": log_ratio.sum(1).mean().item(),
         "kl_coefficient": run.kl_coefficient,
         "entropy": masked_mean(spread, mask[:_ENTROPY_ROWS]).item(),
@@ -569,7 +596,7 @@ def _state(run: Run) -> dict[str, Any]:
 def _restore(run: Run, found: checkpoint.Checkpoint | None) -> None:
     if found is None:
         return
-    restore(run, _weights(run), found, Metrics)
+    restore(run, _weights(run), found, Metrics, kl_coefficient=run.kl_coefficient)
     run.kl_coefficient = found.state["kl_coefficient"]
     if run.controller is not None:
         run.controller.coefficient = run.kl_coefficient
@@ -613,6 +640,7 @@ def _check(
     ptx: Sequence[tuple[str, str]],
 ) -> None:
     check_prompts(prompts, columns)
+    sft.check_pairs(ptx, "ptx pairs")
     if config.ptx_coefficient and not ptx:
         raise ValueError(
             "ptx is empty, but ptx_coefficient is not 0; pass (prompt, response) pairs"
@@ -624,10 +652,10 @@ def _check_settings(config: Config) -> None:
     one_of(config.baseline, BASELINES, "baseline")
     for name in _COUNTS:
         in_range(getattr(config, name), name, 1)
-    for name in ("kl_coefficient", "entropy_coefficient", "ptx_coefficient", "missing_end_penalty"):
+    for name in _FROM_ZERO:
         in_range(getattr(config, name), name, 0.0)
     for name in _POSITIVE:
-        in_range(getattr(config, name), name, 0.0, open_low=True)
+        in_range(getattr(config, name), name, 0.0, open_low=True, infinite=name == "clip")
     for name in ("warm_up", "gamma", "lam"):
         in_range(getattr(config, name), name, 0.0, 1.0)
     if config.micro_batch is not None:
@@ -638,6 +666,11 @@ def _check_settings(config: Config) -> None:
     if config.prompts % config.mini_batches:
         raise ValueError(
             f"mini_batches={config.mini_batches} must divide the {config.prompts} prompts"
+        )
+    if config.prompts * config.samples_per_prompt < 2:
+        raise ValueError(
+            "prompts=1 with samples_per_prompt=1 is a batch of one completion, which has no spread"
+            " to be whitened or measured; take two or more of one of the two"
         )
     if config.baseline == "group" and config.samples_per_prompt < 2:
         raise ValueError('baseline="group" needs samples_per_prompt of 2 or more')

@@ -5,6 +5,7 @@ comparisons, and how far its probabilities can be trusted.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,13 +19,17 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from rlhf_helpers import models
-from rlhf_helpers._validate import finite, in_range, one_of, same_shape
+from rlhf_helpers._forward import context_of
+from rlhf_helpers._validate import finite, in_range, one_of, pair_problem, same_shape
 from rlhf_helpers.algorithms._loop import (
     check_finite,
+    check_trainable,
+    check_weights,
     set_learning_rate,
     steps_per_epoch,
     trained,
 )
+from rlhf_helpers.algorithms.sft import check_lengths
 from rlhf_helpers.losses import bradley_terry_loss, plackett_luce_loss, rao_kupper_loss
 
 LOSSES = ("bradley-terry", "plackett-luce", "rao-kupper")
@@ -69,6 +74,18 @@ class Config:
 # What the chapter changes, by scale, and how many pairs it trains on.
 AT_SCALE = {"tiny": {"learning_rate": 6e-4}, "gpt2": {"learning_rate": 2e-5}}
 PAIRS = 2000
+STRENGTHS = ("unused", "margin", "weight")  # what the strength of a row can become
+# of a row, see `preferences`
+_FIELDS = (
+    "prompt",
+    "chosen",
+    "rejected",
+    "tie",
+    "strength",
+    "annotator",
+    "chosen_ended",
+    "rejected_ended",
+)
 
 
 class Comparison(NamedTuple):
@@ -121,27 +138,48 @@ def load(
 ) -> tuple[PreTrainedModel, Tokenizer]:
     """A reward model on the trunk of a causal language model, and the tokenizer.
 
-    It is the library's model for sequence classification with one label. The head starts at zero,
-    so all scores are 0 and the first loss is log 2 a pair: it knows nothing yet.
+    It is the library's model for sequence classification with one label. Made of a language model,
+    its head starts at zero, so all scores are 0 and the first loss is log 2 a pair: it knows
+    nothing yet. A reward model that was saved, or is given, keeps its head.
 
     Args:
-        source, tokenizer, device: as in `models.load`; the trunk of a model object is copied.
+        source, tokenizer, device: as in `models.load`; a model object is copied.
     Returns: (model in eval mode, tokenizer).
-    Raises: as `models.load`; ValueError if the library has no classifier for the architecture.
+    Raises: as `models.load`; ValueError if the library has no classifier with a head on the last
+        token for the architecture, if a classifier has more than one label, or on an adapter.
     """
+    tokenizer = source if tokenizer is None and _is_path(source) else tokenizer
+    if _is_path(source) and _holds_classifier(source):
+        source = models.from_files(AutoModelForSequenceClassification, source, torch.float32)
     language_model, tokenizer = models.load(source, tokenizer, device)
     if isinstance(language_model, PeftModel):
         raise ValueError("source carries an adapter; pass source.merge_and_unload()")
+    if isinstance(getattr(language_model, "score", None), nn.Module):
+        labels = len(language_model.score.weight)
+        if labels != 1:
+            raise ValueError(f"source gives {labels} scores; pass a model with one")
+        return copy.deepcopy(language_model), tokenizer
     config = copy.deepcopy(language_model.config)
     config.num_labels = 1
     try:
         model = AutoModelForSequenceClassification.from_config(config)
-    except ValueError as error:
+        model.base_model.load_state_dict(language_model.base_model.state_dict())
+        nn.init.zeros_(model.score.weight)
+    except (ValueError, AttributeError, RuntimeError) as error:
         name = type(language_model).__name__
-        raise ValueError(f"source: the library has no classifier for a {name}") from error
-    model.base_model.load_state_dict(language_model.base_model.state_dict())
-    nn.init.zeros_(model.score.weight)
+        raise ValueError(
+            f"source: the library has no classifier with one score at the last token for a {name}"
+        ) from error
     return model.to(device, language_model.dtype).eval(), tokenizer
+
+
+def _is_path(source: object) -> bool:
+    return isinstance(source, str | os.PathLike)
+
+
+def _holds_classifier(source: str | os.PathLike) -> bool:
+    kinds = models.load_config(source).architectures or [""]
+    return kinds[0].endswith("ForSequenceClassification")
 
 
 def last_scores(model: nn.Module, tokens: Tensor, attention_mask: Tensor) -> Tensor:
@@ -162,7 +200,7 @@ def last_scores(model: nn.Module, tokens: Tensor, attention_mask: Tensor) -> Ten
     """
     same_shape(tokens=tokens, attention_mask=attention_mask)
     mask = attention_mask.long()
-    longest, limit = int(mask.sum(1).max()), getattr(model.config, "max_position_embeddings", None)
+    longest, limit = int(mask.sum(1).max()), context_of(model.config)
     if limit is not None and longest > limit:
         raise ValueError(f"a text has {longest} tokens and the model reads {limit}; shorten it")
     if not mask.any(1).all():
@@ -201,22 +239,24 @@ def collate(
 def encode(
     tokenizer: Tokenizer, prompts: Sequence[str], responses: Sequence[str]
 ) -> list[list[int]]:
-    """Tokens of each prompt, its response and the end-of-text token. A response may be empty: a
-    policy can end at once, and that has a score too.
+    """Tokens of each prompt, its response and the end-of-text token, which a response that is a
+    `models.Cut` does not get; see `models.response_ids`. A response may be empty: a policy can end
+    at once, and that has a score too. So may a prompt, as in `models.encode_prompts`.
 
-    Raises: ValueError on no texts, lists of unequal length, a tokenizer without an end-of-text
-        token.
+    Raises: ValueError on no texts, one text in place of a list, lists of unequal length, a text
+        that becomes a special token, a tokenizer without an end-of-text token.
     """
+    for name, texts in (("prompts", prompts), ("responses", responses)):
+        if isinstance(texts, str):
+            raise ValueError(f"{name} is one text; pass a list of texts")
     if not responses or len(prompts) != len(responses):
         raise ValueError(
             f"prompts has {len(prompts)} texts and responses {len(responses)}; pass one prompt for "
             "each response, and at least one"
         )
-    if tokenizer.eos_token_id is None:
-        raise ValueError("tokenizer has no end-of-text token, which closes every response")
-    ids = tokenizer([*prompts, *responses], add_special_tokens=False)["input_ids"]
-    halves = zip(ids[: len(prompts)], ids[len(prompts) :], strict=True)
-    return [[*prompt, *response, tokenizer.eos_token_id] for prompt, response in halves]
+    before = models.prompt_ids(tokenizer, prompts)
+    halves = zip(before, models.response_ids(tokenizer, responses), strict=True)
+    return [[*prompt, *response] for prompt, response in halves]
 
 
 @torch.no_grad()
@@ -255,15 +295,34 @@ def as_reward(model: nn.Module, tokenizer: Tokenizer) -> Callable[..., list[floa
 # --- training ------------------------------------------------------------------------------------
 
 
-def comparisons(pairs: Iterable[Mapping]) -> list[Comparison]:
-    """The rows of a data set of pairs (see `preferences`) as comparisons; a tie has preference ½.
+def comparisons(pairs: Iterable[Mapping], strength: str = "unused") -> list[Comparison]:
+    """The rows of a data set of pairs (see `preferences`) as comparisons; a tie has preference ½, a
+    response that had not ended is a `models.Cut`. Who the annotator was is not used.
 
-    Raises: ValueError on no rows.
+    Args:
+        pairs: rows.
+        strength: what the strength of a row becomes: "margin", "weight", or "unused". Where a row
+            has none, the margin is 0 and the weight 1.
+    Raises: ValueError on no rows, one with a field that pairs do not have, or an unknown use of
+        strength.
     """
-    found = [
-        Comparison(row["prompt"], (row["chosen"], row["rejected"]), 0.5 if row.get("tie") else 1.0)
-        for row in pairs
-    ]
+    one_of(strength, STRENGTHS, "strength")
+    found = []
+    for index, row in enumerate(pairs):
+        unknown = sorted(set(row) - set(_FIELDS))
+        if unknown:
+            raise ValueError(
+                f"pairs[{index}] has the field {unknown[0]!r}, of which comparisons make nothing;"
+                " leave it out"
+            )
+        sides = [
+            models.Cut(row[side]) if row.get(f"{side}_ended") is False else row[side]
+            for side in ("chosen", "rejected")
+        ]
+        one = Comparison(row["prompt"], tuple(sides), 0.5 if row.get("tie") else 1.0)
+        if strength != "unused" and row.get("strength") is not None:
+            one = one._replace(**{strength: float(row["strength"])})
+        found.append(one)
     if not found:
         raise ValueError("pairs is empty; pass at least one row")
     return found
@@ -277,13 +336,61 @@ def labelled(
     Args:
         prompts, first, second: N texts each.
         preference: [N], P(the first is preferred), e.g. the mean of what annotators said.
-    Raises: ValueError on unequal lengths.
+    Raises: ValueError on unequal lengths, one text in place of a list, or responses that nobody can
+        compare, as `check_comparisons`.
     """
+    for name, texts in (("prompts", prompts), ("first", first), ("second", second)):
+        if isinstance(texts, str):
+            raise ValueError(f"{name} is one text; pass a list of texts")
     sizes = [len(prompts), len(first), len(second), len(preference)]
     if len(set(sizes)) > 1:
         raise ValueError(f"prompts, first, second and preference have lengths {sizes}")
     rows = zip(prompts, first, second, preference.tolist(), strict=True)
-    return [Comparison(prompt, (one, two), p) for prompt, one, two, p in rows]
+    found = [Comparison(prompt, (one, two), p) for prompt, one, two, p in rows]
+    check_comparisons(found, "pairs")
+    return found
+
+
+def check_comparisons(data: Sequence[Comparison], name: str = "data") -> None:
+    """Raises: ValueError, with the index, on a prompt or responses that are no texts, an empty
+    response, or two that are equal but for what cannot be seen."""
+    for index, one in enumerate(data):
+        where = f"{name}[{index}]"
+        if not isinstance(one.responses, tuple | list):
+            raise ValueError(
+                f"{where} has a {type(one.responses).__name__} as responses; pass a tuple of texts"
+            )
+        if not all(isinstance(text, str) for text in (one.prompt, *one.responses)):
+            raise ValueError(f"{where} holds something other than texts")
+        for first, second in itertools.combinations(one.responses, 2):
+            problem = pair_problem(first, second)
+            if problem:
+                raise ValueError(f"{where} {problem}; leave it out")
+
+
+def token_lists(
+    tokenizer: Tokenizer, data: Sequence[Comparison], name: str = "data"
+) -> list[list[list[int]]]:
+    """Tokens of each comparison's responses, each behind its prompt; all comparisons are of one
+    size.
+
+    Raises: ValueError, with the index, as `encode`, or on two responses with the same tokens.
+    """
+    prompts = models.prompt_ids(tokenizer, [one.prompt for one in data], name)
+    columns = [
+        models.response_ids(tokenizer, list(column), name)
+        for column in zip(*(one.responses for one in data), strict=True)
+    ]
+    found = [
+        [[*prompt, *ids] for ids in row] for prompt, *row in zip(prompts, *columns, strict=True)
+    ]
+    for index, row in enumerate(found):
+        if len({tuple(ids) for ids in row}) < len(row):
+            raise ValueError(
+                f"{name}[{index}] has two responses with the same tokens, so nothing can be learned"
+                " from it; leave it out"
+            )
+    return found
 
 
 def batches(
@@ -293,11 +400,7 @@ def batches(
     out, unless it is the only one. Comparisons of similar length share a batch, which saves
     padding."""
     size = len(data[0].responses)
-    texts = encode(
-        tokenizer,
-        [one.prompt for one in data for _ in one.responses],
-        [response for one in data for response in one.responses],
-    )
+    texts = [ids for row in token_lists(tokenizer, data) for ids in row]
     labels = torch.tensor([[one.preference, one.margin, one.weight] for one in data])
     lengths = torch.tensor([len(text) for text in texts]).view(-1, size).amax(1)
     generator = torch.Generator().manual_seed(config.seed)
@@ -357,6 +460,7 @@ def update(
     norm = nn.utils.clip_grad_norm_(trained(model), config.max_grad_norm)
     check_finite(loss=loss.detach(), gradient=norm)
     optimizer.step()
+    check_weights(model=model)
     margin = (by_comparison[:, 0] - by_comparison[:, -1]).mean()
     return loss.item(), margin.item(), norm.item()
 
@@ -379,9 +483,14 @@ def train(
             steps and after the last.
     Yields: Metrics, one a step.
     Raises: ValueError on no comparisons, unequal numbers of responses, labels that the loss does
-        not use, settings out of range; TrainingStopped as `update`.
+        not use, settings out of range, and with its index on a comparison as `check_comparisons`
+        and `token_lists` or one that is too long, before the first step; TrainingStopped as
+        `update`.
     """
     _check(data, config)
+    for name, rows in (("data", data), ("held_out", held_out)):
+        _check_texts(model, tokenizer, rows, name)
+    check_trainable(model, "model")
     model.eval()  # no dropout: the score that is trained is the score that is used
     log_threshold = torch.zeros((), requires_grad=True) if config.loss == "rao-kupper" else None
     groups = [{"params": trained(model), "weight_decay": config.weight_decay}]
@@ -397,6 +506,14 @@ def train(
         due = (step + 1) % config.evaluate_every == 0 or step + 1 == steps
         measured = evaluate(model, tokenizer, held_out) if held_out and due else None
         yield Metrics(step + 1, loss, margin, norm, rate, threshold, measured)
+
+
+def _check_texts(
+    model: nn.Module, tokenizer: Tokenizer, data: Sequence[Comparison], name: str
+) -> None:
+    check_comparisons(data, name)
+    lengths = [max(map(len, row)) for row in token_lists(tokenizer, data, name)]
+    check_lengths(model, lengths, name, "shorten it or leave it out")
 
 
 def _check(data: Sequence[Comparison], config: Config) -> None:
@@ -443,6 +560,7 @@ def _check(data: Sequence[Comparison], config: Config) -> None:
 def score_gaps(model: nn.Module, tokenizer: Tokenizer, data: Sequence[Comparison]) -> Tensor:
     """Score of the first response less that of the second, for comparisons of two: the log-odds,
     [N], that the model gives to the first."""
+    check_comparisons(data)
     prompts = [one.prompt for one in data for _ in range(2)]
     responses = [response for one in data for response in one.responses]
     if len(responses) != len(prompts):
@@ -454,7 +572,7 @@ def score_gaps(model: nn.Module, tokenizer: Tokenizer, data: Sequence[Comparison
 def evaluate(model: nn.Module, tokenizer: Tokenizer, data: Sequence[Comparison]) -> Evaluation:
     """Loss, accuracy and margin on comparisons of two.
 
-    Raises: ValueError on no comparisons, or one of another size.
+    Raises: ValueError on no comparisons, one of another size, or as `check_comparisons`.
     """
     gaps = score_gaps(model, tokenizer, data)
     preference = torch.tensor([one.preference for one in data])

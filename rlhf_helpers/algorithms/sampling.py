@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from rlhf_helpers import models, rewards
+from rlhf_helpers.algorithms.sft import check_lengths
 from rlhf_helpers.logprobs import completion_log_probs
-from rlhf_helpers.rollout import Rollout, sample, write
+from rlhf_helpers.rollout import Rollout, end_tokens, ended, sample, texts_of, write
 from rlhf_helpers.worlds import arithmetic
 
 
@@ -21,9 +22,9 @@ class Responses(NamedTuple):
     neighbours."""
 
     rollout: Rollout
-    texts: list[str]  # N
+    texts: list[str]  # N; one without an end is a `models.Cut`
     scores: Tensor  # [N], float32, on the policy's device
-    ended: Tensor  # [N], whether it came to its end token
+    ended: Tensor  # [N], whether it came to an end token
 
 
 @torch.no_grad()
@@ -43,22 +44,33 @@ def respond(
     Raises: ValueError as `rewards.score`.
     """
     group, device = samples_per_prompt, next(policy.parameters()).device
+    ends = end_tokens(policy, tokenizer)
     rollout = sample(
         policy,
         *models.encode_prompts(tokenizer, prompts, device),
         max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=ends,
         pad_token_id=tokenizer.pad_token_id,
         temperature=temperature,
         samples_per_prompt=group,
         generator=generator,
     )
-    completions = rollout.tokens[:, rollout.prompt_length :]
-    texts = models.decode(tokenizer, completions, rollout.completion_mask)
-    ended = ((completions == tokenizer.eos_token_id) & rollout.completion_mask).any(1)
+    whole = ended(rollout, ends)
+    texts = texts_of(rollout, tokenizer, whole)
     repeated = {k: [x for x in v for _ in range(group)] for k, v in (columns or {}).items()}
     scores = rewards.score(reward, [p for p in prompts for _ in range(group)], texts, **repeated)
-    return Responses(rollout, texts, scores.to(device, torch.float32), ended)
+    return Responses(rollout, texts, scores.to(device, torch.float32), whole)
+
+
+def check_prompt_lengths(
+    policy: nn.Module, tokenizer: Tokenizer, prompts: Sequence[str], max_new_tokens: int
+) -> None:
+    """Raises: ValueError, naming the prompt, if one and a longest completion do not fit the model's
+    context together. Called before the first step, for a prompt may come up late."""
+    lengths = [len(ids) + max_new_tokens for ids in models.prompt_ids(tokenizer, prompts)]
+    check_lengths(
+        policy, lengths, "prompts", f"lower max_new_tokens={max_new_tokens} or shorten the prompt"
+    )
 
 
 class Evaluation(NamedTuple):
@@ -89,12 +101,12 @@ def evaluate(
             another.
         seed: of the sampling.
     """
-    device = next(policy.parameters()).device
+    device, ends = next(policy.parameters()).device, end_tokens(policy, tokenizer)
     rollout = sample(
         policy,
         *models.encode_prompts(tokenizer, prompts, device),
         config.max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=ends,
         pad_token_id=tokenizer.pad_token_id,
         temperature=config.temperature,
         samples_per_prompt=config.samples_per_prompt,
@@ -109,7 +121,7 @@ def evaluate(
         config.temperature,
         samples_per_prompt=config.samples_per_prompt,
     )
-    texts = models.decode(tokenizer, rollout.tokens[:, rollout.prompt_length :], mask)
+    texts = texts_of(rollout, tokenizer, ended(rollout, ends))
     repeated = [prompt for prompt in prompts for _ in range(config.samples_per_prompt)]
     scores = {name: rewards.score(judge, repeated, texts) for name, judge in judges.items()}
     return Evaluation(texts, scores, (rollout.log_probs - ref_log_probs).sum(1).double().cpu())

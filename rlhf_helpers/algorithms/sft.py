@@ -8,16 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from reprlib import repr as shortened
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_helpers import models
+from rlhf_helpers._forward import check_context
 from rlhf_helpers._validate import in_range, one_of
 from rlhf_helpers.algorithms._loop import (
     adamw,
     check_finite,
+    check_trainable,
+    check_weights,
     set_learning_rate,
     shuffled,
     steps_per_epoch,
@@ -61,7 +66,8 @@ EXAMPLES = {"tiny": 3200, "gpt2": 1600}  # that it trains on
 
 
 class Example(NamedTuple):
-    """A prompt and a response in tokens; the response ends with the end-of-text token."""
+    """A prompt and a response in tokens; the response ends with the end-of-text token, unless it
+    was cut."""
 
     prompt: list[int]
     response: list[int]
@@ -85,30 +91,66 @@ class Metrics(NamedTuple):
     held_out: float | None  # cross-entropy after the step, nats a token; None where not measured
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]) -> list[Example]:
-    """Tokenise prompts and responses, each by itself, and close the response with the end-of-text
-    token.
-
-    Tokenised together, letters on both sides of the border could merge into one token, and the
-    prompt would no longer be the prompt that is sampled from later.
+def encode(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], name: str = "pairs"
+) -> list[Example]:
+    """Tokenise prompts and responses, each by itself, and close a response that has ended with one
+    end-of-text token; see `models.response_ids`.
 
     Args:
         tokenizer: with an end-of-text token.
-        pairs: (prompt, response, …); what follows is ignored.
-    Raises: ValueError on an empty prompt or response (with its index), or a tokenizer without an
-        end-of-text token.
+        pairs: (prompt, response, …); what follows is ignored. An empty prompt becomes one token, as
+            in `models.encode_prompts`; a response that is a `models.Cut` gets no end.
+        name: what messages call the pairs.
+    Raises: ValueError on what is no pair of texts, an empty response, a text that becomes a special
+        token (with its index), or a tokenizer without an end-of-text token.
     """
-    if tokenizer.eos_token_id is None:
-        raise ValueError("tokenizer has no end-of-text token, so a response could never end")
-    examples = []
-    for index, (prompt, response, *_) in enumerate(pairs):
-        if not prompt or not response:
-            empty = "response" if prompt else "prompt"
-            raise ValueError(f"pairs[{index}] has an empty {empty}; drop it or fill it in")
-        ids = [
-            tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, response)
-        ]
-        examples.append(Example(ids[0], [*ids[1], tokenizer.eos_token_id]))
+    check_pairs(pairs, name)
+    prompts, responses = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    for index, response in enumerate(responses):
+        if not response:
+            raise ValueError(f"{name}[{index}] has an empty response; drop it or fill it in")
+    found = zip(
+        models.prompt_ids(tokenizer, prompts, name),
+        models.response_ids(tokenizer, responses, name),
+        strict=True,
+    )
+    return [Example(*ids) for ids in found]
+
+
+def check_pairs(pairs: Sequence[tuple[str, str]], name: str = "pairs") -> None:
+    """Raises: ValueError, with the index, on what is no (prompt, response, …); a text is none,
+    though it has letters to take for them."""
+    if isinstance(pairs, str):
+        raise ValueError(f"{name} is one text; pass a list of (prompt, response)")
+    for index, pair in enumerate(pairs):
+        parts = () if isinstance(pair, str) or not isinstance(pair, Sequence) else pair[:2]
+        if len(parts) < 2 or not all(isinstance(part, str) for part in parts):
+            raise ValueError(
+                f"{name}[{index}] is {shortened(pair)}; pass a tuple of two texts,"
+                " (prompt, response)"
+            )
+
+
+def check_lengths(model: nn.Module, lengths: Sequence[int], name: str, fix: str) -> None:
+    """Raises: ValueError, naming the longest by its index, if it does not fit the model's
+    context."""
+    if lengths:
+        longest = max(range(len(lengths)), key=lengths.__getitem__)
+        check_context(model, lengths[longest], f"{name}[{longest}]", fix)
+
+
+def encode_fitting(
+    policy: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[tuple[str, str]],
+    name: str,
+) -> list[Example]:
+    """As `encode`, and ValueError, naming the longest by its index, if one does not fit the model's
+    context."""
+    examples = encode(tokenizer, pairs, name)
+    lengths = [len(one.prompt) + len(one.response) for one in examples]
+    check_lengths(policy, lengths, name, "shorten it or leave it out")
     return examples
 
 
@@ -174,6 +216,7 @@ def update(
     norm = nn.utils.clip_grad_norm_(trained(policy), max_grad_norm)
     check_finite(loss=loss.detach(), gradient=norm)
     optimizer.step()
+    check_weights(policy=policy)
     return loss.item(), norm.item()
 
 
@@ -194,11 +237,14 @@ def train(
         held_out: pairs that are never trained on, to be measured every `evaluate_every` steps and
             after the last.
     Yields: Metrics, one a step.
-    Raises: ValueError on empty texts, no pairs, settings out of range; TrainingStopped as `update`.
+    Raises: ValueError as `encode`, on no pairs, one that is longer than the model's context (before
+        the first step), settings out of range; TrainingStopped as `update`.
     """
     check(pairs, config)
+    check_trainable(policy)
     policy.eval()  # no dropout: what is trained is what is sampled
-    examples = encode(tokenizer, pairs)
+    examples = encode_fitting(policy, tokenizer, pairs, "pairs")
+    encode_fitting(policy, tokenizer, held_out, "held_out")
     optimizer = adamw(policy, config.learning_rate)
     steps = config.epochs * steps_per_epoch(len(examples), config)
     device = next(policy.parameters()).device

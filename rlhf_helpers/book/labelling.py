@@ -27,6 +27,8 @@ try:
 except ImportError:  # Windows: one session at a time
     fcntl = None
 
+from rlhf_helpers._validate import pair_problem
+
 ANSWERS = ("a", "b", "tie", "skip")
 _START = b'{"pair": "'
 
@@ -134,7 +136,8 @@ class Session:
         """
         given = self._given()
         answers = (said[pair] for pair in self.items for said in given.values() if pair in said)
-        return [_row(answer) for answer in answers if answer["answer"] != "skip"]
+        said = [answer for answer in answers if answer["answer"] != "skip"]
+        return [_row(answer, self.items[answer["pair"]]) for answer in said]
 
     def _given(self) -> dict[str, dict[str, dict]]:
         """Answers to these pairs that stand: by annotator, then by pair in the order given."""
@@ -185,13 +188,9 @@ def _problem(pair: object) -> str | None:
         return "holds something other than text; pass three texts"
     if any(text.encode("utf-8", "replace").decode() != text for text in pair):
         return "holds half a character; pass valid Unicode"
-    one, other = (text.strip() for text in pair[1:])
-    if not (one and other):
-        return "has an empty response; leave the pair out"
-    # spaces at the ends cannot be seen, so nobody could choose by them
-    if one == other:
-        return "has two equal responses; leave the pair out"
-    return None
+    # what cannot be seen nobody could choose by
+    problem = pair_problem(*pair[1:])
+    return problem and f"{problem}; leave the pair out"
 
 
 def _name(prompt: str, responses: Sequence[str]) -> str:
@@ -199,12 +198,14 @@ def _name(prompt: str, responses: Sequence[str]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _row(record: dict) -> dict:
+def _row(record: dict, item: Item) -> dict:
     chosen, rejected = ("b", "a") if record["answer"] == "b" else ("a", "b")
+    # the file keeps no mark of a text that was cut; the texts of the list have it
+    marked = {item.a: item.a, item.b: item.b}
     return {
         "prompt": record["prompt"],
-        "chosen": record[chosen],
-        "rejected": record[rejected],
+        "chosen": marked.get(record[chosen], record[chosen]),
+        "rejected": marked.get(record[rejected], record[rejected]),
         "tie": record["answer"] == "tie",
         "annotator": record["annotator"],
     }

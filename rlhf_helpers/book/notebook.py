@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import sys
 import time
 import warnings
@@ -19,10 +20,15 @@ from IPython.display import Markdown, display
 from rlhf_helpers import settings
 from rlhf_helpers.book import plots
 
+# What could begin or end something in Markdown, MyST, HTML or a formula, wherever it stands; a
+# colon and a dot only where they make an address; and what means something where a line begins.
+_SPECIAL = re.compile(r"[\\`*_{}\[\]<>$|~&#@]|:(?=//)|(?<=\w)\.(?=\w)")
+_FIRST = re.compile(r"^(?:[-+=:%]|\((?=.*\)=)|\d+[.)])")
+
 
 def setup(chapter: str, scale: str | None = None) -> settings.Settings:
-    """Prepare a notebook: figure style, quiet warnings; prints scale, device, and recorded time
-    and memory.
+    """Prepare a notebook: figures in its cells, their style, quiet warnings; prints scale, device,
+    and recorded time and memory.
 
     Args:
         chapter: the notebook's name without ending, e.g. "bandit".
@@ -37,8 +43,11 @@ def setup(chapter: str, scale: str | None = None) -> settings.Settings:
     # tensors here are small: a second thread costs more than it brings, and can change the last
     # digits
     torch.set_num_threads(1)
-    plots.use_style()
     shell = get_ipython()
+    if hasattr(shell, "kernel"):
+        # where MPLBACKEND is set (containers), the kernel leaves figures to that, and none is seen
+        shell.run_line_magic("matplotlib", "inline")
+    plots.use_style()
     if shell is not None:
         shell.run_line_magic("config", "InlineBackend.figure_format = 'retina'")
     print(f"scale {chosen.scale} · device {chosen.device} · {recorded(chapter, chosen.scale)}")
@@ -129,12 +138,37 @@ def _row(cells: Sequence[object]) -> str:
     return "|" + "|".join(f" {text} " if text else " " for text in texts) + "|"
 
 
+def literal(text: str) -> str:
+    """Any text as Markdown that shows it letter by letter, on one line.
+
+    What a model or a data set wrote may hold what Markdown, MyST, HTML or a formula would take as
+    their own: `<script>`, a role that copies a file, two dollar signs. Every text that nobody here
+    wrote goes through this, or through `brief` or `code`, before `say` or `table` shows it.
+    """
+    line = " ".join(text.split())
+    line = _SPECIAL.sub(_entity, line)
+    # of a number that would begin a list, only its dot
+    return _FIRST.sub(lambda found: found[0][:-1] + _entity(found), line)
+
+
+def _entity(found: re.Match) -> str:
+    return f"&#{ord(found[0][-1])};"
+
+
 def brief(text: str, length: int = 160) -> str:
-    """The beginning of a text on one line, so that it fits into the cell of a table."""
-    return " ".join(text.replace("|", "/").split())[:length]
+    """The beginning of a text, as `literal` shows it, so that it fits into the cell of a table."""
+    return literal(" ".join(text.split())[:length])
 
 
-def claims(*rows: tuple[str, float, float, float]) -> None:
+def code(text: str) -> str:
+    """Any text as a code span, letter by letter, on one line."""
+    line = " ".join(text.split())
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
+    space = " " if "`" in (line[:1], line[-1:]) else ""
+    return f"{fence}{space}{line}{space}{fence}" if line else ""
+
+
+def claims(*rows: tuple[str, float | None, float, float]) -> None:
     """Print each claim with this run's number and the band it must lie in.
 
     At scale tiny a number outside its band is an error, so that a claim that stops being true
@@ -142,11 +176,15 @@ def claims(*rows: tuple[str, float, float, float]) -> None:
     bands belong to that scale: at any other they are printed and nothing is raised.
 
     Args:
-        rows: (claim, value, low, high), low and high included.
+        rows: (claim, value, low, high), low and high included. None for a value that this scale
+            does not measure: that is printed, and neither holds nor fails.
     Raises: AssertionError at scale tiny, naming the claims that failed.
     """
     failed = []
     for claim, value, low, high in rows:
+        if value is None:
+            print(f"– {claim}: not measured at this scale")
+            continue
         holds = low <= float(value) <= high
         print(f"{'✓' if holds else '✗'} {claim}: {float(value):.3g} (band {low:g} to {high:g})")
         if not holds:

@@ -54,13 +54,12 @@ def reward_model(run: Settings) -> PreTrainedModel:
     """The reward model of the chapter on preferences, for those after it: read from the package at
     scale tiny, made anew by `fit_reward_model` at others.
 
-    Raises: OSError if the package is not whole.
+    Raises: OSError or ValueError, as `models.load`, if the package is not whole.
     """
     if not run.reward_model:
         return fit_reward_model(run)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        run.reward_model, use_safetensors=True, trust_remote_code=False
-    )
+    kind = AutoModelForSequenceClassification
+    model = models.from_files(kind, run.reward_model, torch.float32, "reward model")
     return model.to(run.device).eval()
 
 

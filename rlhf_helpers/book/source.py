@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,7 @@ def show_source(*objects: Callable | type) -> None:
             )
         # a decorator from elsewhere has a file of its own
         path = Path(inspect.getsourcefile(inspect.unwrap(thing))).relative_to(root)
-        display(
-            Markdown(f"`{path.as_posix()}`\n\n```python\n{inspect.getsource(thing).rstrip()}\n```")
-        )
+        code = inspect.getsource(thing).rstrip()
+        # longer than any fence that the code itself holds
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
+        display(Markdown(f"`{path.as_posix()}`\n\n{fence}python\n{code}\n{fence}"))

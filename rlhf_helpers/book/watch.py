@@ -28,13 +28,15 @@ def watch(
         except ImportError as error:
             raise ImportError("folder needs TensorBoard: run pip install tensorboard") from error
         writer = SummaryWriter(str(folder))
-    with tqdm(total=iterations, unit="iteration") as bar:
-        for metrics in history:
-            bar.set_postfix_str(f"score {metrics.score:.2f}, KL {metrics.kl:.1f} nats")
-            bar.update()
-            if writer is not None:
-                for name, value in metrics._asdict().items():
-                    writer.add_scalar(name, value, metrics.iteration)
-            yield metrics
-    if writer is not None:
-        writer.close()
+    try:
+        with tqdm(total=iterations, unit="iteration") as bar:
+            for metrics in history:
+                bar.set_postfix_str(f"score {metrics.score:.2f}, KL {metrics.kl:.1f} nats")
+                bar.update()
+                if writer is not None:
+                    for name, value in metrics._asdict().items():
+                        writer.add_scalar(name, value, metrics.iteration)
+                yield metrics
+    finally:
+        if writer is not None:
+            writer.close()

@@ -30,7 +30,7 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from rlhf_helpers._validate import in_range, one_of
+from rlhf_helpers._validate import in_range, one_of, tensors, zero_or_one
 
 SPLITS = ("train", "held_out")
 _ONE, _TWO = range(10), range(10, 100)
@@ -263,13 +263,18 @@ def pass_at_k(right: Tensor, k: int) -> float:
 
     Args:
         right: [problems, n]; 1 for a right sample, else 0.
-        k: 1 to n.
-    Raises: ValueError on a k out of range.
+        k: 1 to n, a whole number.
+    Returns: in [0, 1].
+    Raises: ValueError on another shape, no problems, an entry other than 0 and 1, a k out of range.
     Source: Chen et al. 2021, "Evaluating Large Language Models Trained on Code", equation 1.
     """
+    tensors(right=right)
+    if right.dim() != 2 or right.numel() == 0:
+        raise ValueError(f"right has shape {tuple(right.shape)}; pass a non-empty [problems, n]")
     n = right.shape[1]
     in_range(k, "k", 1, n)
-    counts = right.sum(1).long().tolist()
+    k = int(k)
+    counts = zero_or_one(right, "right").sum(1).tolist()
     missed = [math.comb(n - count, k) / math.comb(n, k) for count in counts]
     return 1 - sum(missed) / len(missed)
 

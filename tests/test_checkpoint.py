@@ -718,6 +718,23 @@ def test_a_file_system_that_cannot_sync_folders_will_do_but_a_broken_one_will_no
     assert_same(quietly(tmp_path).state, small(1))
 
 
+def test_a_system_that_opens_no_folder_can_save_too(tmp_path, monkeypatch):
+    """Oracle: what was saved, read again; Windows refuses to open a folder, and knows no flock."""
+    open_file = os.open
+
+    def no_folders(path, *rest, **more):
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return open_file(path, *rest, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", no_folders)
+        patch.setattr(checkpoint, "fcntl", None)
+        patch.setattr(checkpoint.sys, "platform", "win32")
+        fill(tmp_path, 1, 2)
+    assert_same(quietly(tmp_path).state, small(2))
+
+
 def test_a_full_disk_is_told_with_the_folder_and_what_is_still_whole(tmp_path, monkeypatch):
     """Oracle: the specification, with and without a checkpoint before."""
     for steps, says in (((), "there is none before it"), ((1, 2), "step-000002 is whole")):

@@ -125,8 +125,8 @@ def score(
 def call(
     reward: Reward, prompts: list[str], completions: list[str], /, **columns: Any
 ) -> Sequence[float]:
-    """Call a reward function by name, as TRL's trainers do: `reward(prompts=…, completions=…,
-    **columns)`. Its parameters may stand in any order, and `**columns` take what it does not name.
+    """Call a reward function by the names prompts, completions and those of the columns, as TRL's
+    trainers do. Its parameters may stand in any order, and `**columns` take what it does not name.
 
     One that calls its first two parameters something else, such as (prompts, responses), is called
     by place, prompts first.
@@ -152,8 +152,11 @@ def call(
 def check_columns(
     columns: Mapping[str, Any], taken: Collection[str] = ("prompts", "completions")
 ) -> None:
-    """Raises: ValueError on a column with a name under which reward functions get something else,
-    or on one text in place of a column."""
+    """Refuse columns that reward functions could not be given.
+
+    Raises: ValueError on a column with a name under which reward functions get something else,
+        or on one text in place of a column.
+    """
     for name, values in columns.items():
         if name in taken:
             raise ValueError(

@@ -352,8 +352,11 @@ def labelled(
 
 
 def check_comparisons(data: Sequence[Comparison], name: str = "data") -> None:
-    """Raises: ValueError, with the index, on a prompt or responses that are no texts, an empty
-    response, or two that are equal but for what cannot be seen."""
+    """Refuse what cannot be compared.
+
+    Raises: ValueError, with the index, on a prompt or responses that are no texts, an empty
+        response, or two that are equal but for what cannot be seen.
+    """
     for index, one in enumerate(data):
         where = f"{name}[{index}]"
         if not isinstance(one.responses, tuple | list):

@@ -65,8 +65,11 @@ def respond(
 def check_prompt_lengths(
     policy: nn.Module, tokenizer: Tokenizer, prompts: Sequence[str], max_new_tokens: int
 ) -> None:
-    """Raises: ValueError, naming the prompt, if one and a longest completion do not fit the model's
-    context together. Called before the first step, for a prompt may come up late."""
+    """Refuse prompts that are too long, before anything is sampled.
+
+    Raises: ValueError, naming the prompt, if one and a longest completion do not fit the model's
+        context together. Called before the first step, for a prompt may come up late.
+    """
     lengths = [len(ids) + max_new_tokens for ids in models.prompt_ids(tokenizer, prompts)]
     check_lengths(
         policy, lengths, "prompts", f"lower max_new_tokens={max_new_tokens} or shorten the prompt"

@@ -119,8 +119,11 @@ def encode(
 
 
 def check_pairs(pairs: Sequence[tuple[str, str]], name: str = "pairs") -> None:
-    """Raises: ValueError, with the index, on what is no (prompt, response, …); a text is none,
-    though it has letters to take for them."""
+    """Refuse what is no pair of texts.
+
+    Raises: ValueError, with the index, on what is no (prompt, response, …); a text is none,
+        though it has letters to take for them.
+    """
     if isinstance(pairs, str):
         raise ValueError(f"{name} is one text; pass a list of (prompt, response)")
     for index, pair in enumerate(pairs):
@@ -133,8 +136,11 @@ def check_pairs(pairs: Sequence[tuple[str, str]], name: str = "pairs") -> None:
 
 
 def check_lengths(model: nn.Module, lengths: Sequence[int], name: str, fix: str) -> None:
-    """Raises: ValueError, naming the longest by its index, if it does not fit the model's
-    context."""
+    """Refuse examples that are too long, before the first step.
+
+    Raises: ValueError, naming the longest by its index, if it does not fit the model's
+        context.
+    """
     if lengths:
         longest = max(range(len(lengths)), key=lengths.__getitem__)
         check_context(model, lengths[longest], f"{name}[{longest}]", fix)

@@ -1,5 +1,7 @@
 """What only the notebooks use: the switch of scale, set-up, claims, printed source, intervals."""
 
+import xml.etree.ElementTree as ElementTree
+
 import docutils.core
 import nbformat
 import numpy as np
@@ -254,3 +256,39 @@ def test_words_stay_as_they_are():
 
 def test_a_brief_text_is_one_line_that_fits_a_cell():
     assert notebook.brief("one |\n two  three", 9) == "one &#124; two"
+
+
+DRAWINGS = sorted((ROOT / "rlhf_helpers" / "assets" / "drawings").glob("*.svg"))
+
+
+@pytest.mark.parametrize("path", DRAWINGS, ids=lambda path: path.stem)
+def test_a_drawing_says_in_words_what_it_shows_and_fits_a_page(path):
+    """Oracle: the file itself, as an XML parser reads it."""
+    root = ElementTree.parse(path).getroot()
+    texts = {child.tag.rpartition("}")[2]: child.text for child in root}
+    assert texts["title"]
+    assert len(texts["desc"].split()) > 20
+    _, _, width, height = map(float, root.attrib["viewBox"].split())
+    assert width <= 640
+    assert height <= 1200
+    sizes = [float(e.attrib["font-size"]) for e in root.iter() if "font-size" in e.attrib]
+    # of the 390 pixels of a phone about 350 are the drawing's
+    assert min(sizes) * min(1.0, 350 / width) >= 8
+
+
+@pytest.mark.parametrize("path", DRAWINGS, ids=lambda path: path.stem)
+def test_a_drawing_is_shown_by_a_notebook(path):
+    """Oracle: the sources of the notebooks."""
+    sources = [one.read_text(encoding="utf-8") for one in (ROOT / "notebooks").glob("*.ipynb")]
+    assert any(f'drawing(\\"{path.stem}\\")' in source for source in sources)
+
+
+def test_drawing_displays_the_file_and_knows_the_others(monkeypatch):
+    """Oracle: the file, and the list in the message."""
+    seen = []
+    monkeypatch.setattr(notebook, "display", seen.append)
+    notebook.drawing("bandit")
+    file = ROOT / "rlhf_helpers" / "assets" / "drawings" / "bandit.svg"
+    assert seen[0].data == file.read_text(encoding="utf-8").strip()
+    with pytest.raises(ValueError, match="'bandit'"):
+        notebook.drawing("no_such")

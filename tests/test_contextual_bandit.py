@@ -264,3 +264,40 @@ def test_a_policy_that_does_not_fit_is_named():
     """Oracle: the message holds the argument's name."""
     with pytest.raises(ValueError, match="policy"):
         next(cb.train(fresh()[0], BANDIT, cb.Config()))
+
+
+def test_a_run_takes_no_further_step_once_it_is_beyond_stop_kl():
+    """Oracle: a loop over one run at a time, with an optimizer of its own, that ends its passes."""
+    bandit, runs, stop = fan(8), 3, 0.02
+    config = cb.Config(iterations=4, batch_size=16, epochs=12, learning_rate=0.05, stop_kl=stop)
+    together = torch.zeros(runs, 8, 2, dtype=torch.float64)
+    history = list(cb.train(together, bandit, config))
+    generator = torch.Generator().manual_seed(config.seed)
+    alone = [torch.zeros(1, 8, 2, dtype=torch.float64, requires_grad=True) for _ in range(runs)]
+    optimizers = [torch.optim.Adam([one], lr=0.05) for one in alone]
+    counts = []
+    for _ in range(config.iterations):
+        rollout = cb.collect(torch.cat(alone), bandit, 16, generator)
+        for run, (one, optimizer) in enumerate(zip(alone, optimizers, strict=True)):
+            part, steps = cb.Batch(*(field[run : run + 1] for field in rollout)), 0
+            # the moments of a run that waits count as many steps as those of the others
+            for _ in range(config.epochs):
+                new = part.contexts @ one.transpose(-1, -2)
+                before = part.old_logits.log_softmax(-1)
+                if (before.exp() * (before - new.log_softmax(-1))).sum(-1).mean() > stop:
+                    if "step" in optimizer.state[one]:
+                        optimizer.state[one]["step"] += 1
+                    continue
+                # the loss of R runs is the mean over all
+                log_probs = cb.token_log_probs(new, part.actions)
+                loss = cb.ppo_clip_loss(log_probs, part.old_log_probs, part.advantages).loss / runs
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                steps += 1
+            counts.append(steps)
+    assert 1 <= min(counts) < max(counts) < config.epochs
+    rows = torch.tensor(counts).view(config.iterations, runs)
+    assert (rows != rows[:, :1]).any()  # runs stop at different steps of one rollout
+    assert torch.allclose(together, torch.cat(alone), atol=1e-10)
+    assert history[-1].step_kl.max() > stop  # it is looked at after a step, so one goes beyond

@@ -36,17 +36,31 @@ def inside_and_better(gain, kl, budget):
 
 
 @pytest.mark.parametrize(
-    "check", [checks.check_categorical_kl, checks.check_fisher_product, checks.check_line_search]
+    "check",
+    [
+        checks.check_categorical_kl,
+        checks.check_telescope,
+        checks.check_line_search,
+        checks.check_careful_training,
+    ],
 )
 def test_stub_is_not_attempted(capsys, check):
     assert verdict(capsys, check, lambda *_: None).startswith("Not attempted")
 
 
-def test_prediction_stub_is_not_attempted(capsys):
-    assert verdict(capsys, checks.check_batches_to_double, None).startswith("Not attempted")
+@pytest.mark.parametrize(
+    "check",
+    [
+        checks.check_step_by_hand,
+        checks.check_batches_to_double,
+        checks.check_without_reward_noise,
+    ],
+)
+def test_prediction_stub_is_not_attempted(capsys, check):
+    assert verdict(capsys, check, None).startswith("Not attempted")
 
 
-# 3.1
+# the distance
 
 
 def test_kl_right(capsys):
@@ -75,7 +89,7 @@ def on_probs(function):
         (on_probs(lambda p, q: kl_by_loop(q, q)), "same policy"),
         (on_probs(lambda p, q: -kl_by_loop(p, q)), "never negative"),
         (lambda old, new: torch.dot(old.softmax(-1), old - new), "log_softmax"),
-        (lambda old, new: (old.log_softmax(-1) - new.log_softmax(-1)).mean(), "weigh it"),
+        (lambda old, new: (old.log_softmax(-1) - new.log_softmax(-1)).mean(), "weight it"),
         (on_probs(lambda p, q: kl_by_loop(p, q) / 0.6931471805599453), "bits"),
     ],
 )
@@ -83,41 +97,64 @@ def test_kl_mistakes(capsys, answer, words):
     told(capsys, checks.check_categorical_kl, answer, words)
 
 
-# 3.2
+# a step by hand
 
 
-def fisher_matrix(logits):
-    """From its definition: the mean outer product of ∇ log π(a)."""
-    probs = logits.softmax(-1)
-    rows = torch.autograd.functional.jacobian(lambda z: z.log_softmax(-1), logits)
-    return (probs[:, None, None] * rows[:, :, None] * rows[:, None, :]).sum(0)
+def test_the_step_by_hand_has_the_length_of_its_budget(capsys):
+    """Oracle: half the Hessian of the KL, by autograd, along the step; and two digits of the
+    answer."""
+    logits = torch.tensor([0.70, 0.05, 0.25], dtype=torch.float64).log()
+    pays = torch.tensor([1.0, 2.0, 0.0], dtype=torch.float64)
+    before = logits.log_softmax(-1)
+
+    def kl(new):
+        return (before.exp() * (before - new.log_softmax(-1))).sum()
+
+    curvature = torch.autograd.functional.hessian(kl, logits)
+    scale = (2 * 0.02 / (pays @ curvature @ pays)).sqrt().item()
+    for answer in (2 * scale, round(2 * scale, 2)):
+        assert verdict(capsys, checks.check_step_by_hand, answer) == "Right."
 
 
-def test_fisher_right(capsys):
-    """Oracle: the mean outer product of the scores, from autograd."""
-    answer = lambda logits, v: fisher_matrix(logits) @ v  # noqa: E731
-    assert verdict(capsys, checks.check_fisher_product, answer) == "Right."
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [(0.392, "one unit of pay"), (0.555, "root is of 2δ"), (0.31, "root of that"), (0.42, "mean")],
+)
+def test_step_by_hand_mistakes(capsys, answer, words):
+    told(capsys, checks.check_step_by_hand, answer, words)
+
+
+# what cancels
+
+
+def telescoped(rewards, first, last, gamma):
+    """Backwards, as returns are computed."""
+    total = last
+    for reward in reversed(rewards.tolist()):
+        total = reward + gamma * total
+    return total - first
+
+
+def test_telescope_right(capsys):
+    """Oracle: Horner's scheme, which knows nothing of advantages."""
+    assert verdict(capsys, checks.check_telescope, telescoped) == "Right."
 
 
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        (lambda z, v: v @ fisher_matrix(z) @ v, "number vᵀ·F·v"),
-        (lambda z, v: z.softmax(-1).diag() @ v, "diag(p)·v"),
-        (lambda z, v: v - (z.softmax(-1) * v).sum(), "weigh each entry"),
-        (lambda z, v: z.softmax(-1) * (v - v.sum() / len(v)), "plain mean"),
-        (
-            lambda z, v: (z.softmax(-1).diag() + torch.outer(z.softmax(-1), z.softmax(-1))) @ v,
-            "added",
-        ),
-        (lambda z, v: (z.diag() - torch.outer(z, z)) @ v, "softmax first"),
+        (lambda r, v, w, g: telescoped(r, v, 0.0, g) + w, "T steps ahead"),
+        (lambda r, v, w, g: telescoped(r, v, 0.0, g) + g * w, "once per step"),
+        (lambda r, v, w, g: telescoped(r, v, 0.0, g), "does not cancel"),
+        (lambda r, v, w, g: telescoped(r, 0.0, w, g), "first value is missing"),
+        (lambda r, v, w, g: sum(r) + g ** len(r) * w - v, "discounted, too"),
     ],
 )
-def test_fisher_mistakes(capsys, answer, words):
-    told(capsys, checks.check_fisher_product, answer, words)
+def test_telescope_mistakes(capsys, answer, words):
+    told(capsys, checks.check_telescope, answer, words)
 
 
-# 3.3
+# the thermostat
 
 
 def test_batches_right(capsys):
@@ -140,7 +177,7 @@ def test_batches_mistakes(capsys, answer, words):
     told(capsys, checks.check_batches_to_double, answer, words)
 
 
-# 3.4
+# the line search
 
 
 def test_line_search_right(capsys):
@@ -150,7 +187,6 @@ def test_line_search_right(capsys):
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        (shares(lambda gain, kl, budget: kl <= budget or gain > 0, otherwise=0.25), "both"),
         (shares(lambda gain, kl, budget: kl <= budget), "gain is not looked at"),
         (shares(lambda gain, kl, budget: gain > 0), "divergence is not looked at"),
         (shares(inside_and_better, otherwise=0.25), "return 0.0"),
@@ -177,4 +213,62 @@ def test_the_buggy_search_of_the_exercise_is_recognised(capsys):
                 break
         return 0.5**i
 
-    told(capsys, checks.check_line_search, printed, "both conditions")
+    out = verdict(capsys, checks.check_line_search, printed)
+    assert out.startswith("Not attempted: the bug is still there")
+
+
+# which noise
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"), [(-1, "Right"), (1, "sixteen contexts"), (0, "no ty")]
+)
+def test_without_reward_noise(capsys, answer, words):
+    assert words in verdict(capsys, checks.check_without_reward_noise, answer)
+
+
+# a loop that keeps its distance
+
+
+def natural_steps(collect, length=0.03, sign=1.0, calls=30):
+    """Natural-gradient steps of a fixed length in nats, with F as a matrix and without autograd."""
+    weights = torch.zeros(8, 2, dtype=torch.float64)
+    for _ in range(calls):
+        contexts, actions, rewards = collect(weights)
+        probs = (contexts @ weights.T).softmax(-1)
+        scores = torch.nn.functional.one_hot(actions, 8) - probs
+        each = (scores[:, :, None] * contexts[:, None, :]).flatten(1)  # ∇ log π
+        gradient = ((rewards - rewards.mean())[:, None] * each).mean(0)
+        fisher = (probs.diag_embed() - probs[:, :, None] * probs[:, None, :])[:, :, None, :, None]
+        fisher = fisher * contexts[:, None, :, None, None] * contexts[:, None, None, None, :]
+        matrix = fisher.mean(0).reshape(16, 16) + 1e-3 * torch.eye(16, dtype=torch.float64)
+        step = torch.linalg.solve(matrix, gradient)
+        step = step * (2 * length / (step @ matrix @ step)).sqrt()
+        weights = weights + sign * step.view(8, 2)
+    return weights
+
+
+LOOPS = {
+    "Right": natural_steps,
+    "Right.": lambda collect: natural_steps(collect).tolist(),
+    "0.05 are allowed": lambda collect: natural_steps(collect, length=1.0),
+    "sign": lambda collect: natural_steps(collect, sign=-1.0),
+    "steps too small": lambda collect: natural_steps(collect, length=1e-4),
+    "too few of the 30": lambda collect: natural_steps(collect, calls=3),
+    "more than 30 times": lambda collect: natural_steps(collect, calls=31),
+    "make them [8, 2]": lambda collect: natural_steps(collect).T,
+    "NaN": lambda collect: natural_steps(collect) * float("nan"),
+}
+
+
+@pytest.mark.parametrize("expected", LOOPS)
+def test_careful_training(capsys, expected):
+    """Oracle: the verdict that the exercise promises, of a loop without autograd."""
+    assert expected in verdict(capsys, checks.check_careful_training, LOOPS[expected])
+
+
+def test_a_check_of_a_loop_leaves_the_notebook_its_random_numbers(capsys):
+    """Oracle: the global state before."""
+    before = torch.random.get_rng_state()
+    verdict(capsys, checks.check_careful_training, natural_steps)
+    assert torch.equal(torch.random.get_rng_state(), before)

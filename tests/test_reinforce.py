@@ -77,7 +77,16 @@ def test_same_seed_same_weights():
 def test_greedy_without_noise_stays_with_the_best_arm_it_has_tried():
     """Oracle: ε = 0 on arms that all pay more than the initial average 0 never leaves arm 0."""
     bandit = GaussianBandit(torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64), noise_std=0.0)
-    assert epsilon_greedy(bandit, 20, epsilon=0.0).tolist() == [[0] * 20]
+    assert epsilon_greedy(bandit, 20, epsilon=0.0, untried=0.0).tolist() == [[0] * 20]
+
+
+def test_greedy_pulls_every_arm_once_first_wherever_zero_lies():
+    """Oracle: without noise one pull of each arm shows the best one, and a constant added to all
+    rewards changes no choice."""
+    for shift in (-10.0, 0.0, 10.0):
+        means = torch.tensor([[1.0, 3.0, 2.0]], dtype=torch.float64) + shift
+        actions = epsilon_greedy(GaussianBandit(means, noise_std=0.0), 6, epsilon=0.0)
+        assert actions.tolist() == [[0, 1, 2, 1, 1, 1]]
 
 
 def test_epsilon_one_is_uniform():
@@ -121,6 +130,7 @@ def start(logits, **settings):
         (lambda: start(torch.zeros(2, 10), learning_rate=0), "learning_rate"),
         (lambda: start(torch.zeros(2, 10), steps=0), "steps"),
         (lambda: epsilon_greedy(BANDIT, 10, epsilon=2.0), "epsilon"),
+        (lambda: epsilon_greedy(BANDIT, 10, untried=float("nan")), "untried"),
         (lambda: ucb(BANDIT, 0), "pulls"),
         (lambda: ucb(GaussianBandit(torch.ones(3)), 5), "bandit"),
     ],

@@ -14,7 +14,11 @@ from rlhf_helpers.worlds.bandits import GaussianBandit
 
 
 def epsilon_greedy(
-    bandit: GaussianBandit, pulls: int, epsilon: float = 0.1, seed: int = 0
+    bandit: GaussianBandit,
+    pulls: int,
+    epsilon: float = 0.1,
+    seed: int = 0,
+    untried: float = math.inf,
 ) -> Tensor:
     """Pull the arm with the best average so far, but with probability ε an arm at random.
 
@@ -23,18 +27,23 @@ def epsilon_greedy(
         pulls: how many, T.
         epsilon: in [0, 1].
         seed: of the choices and the noise.
+        untried: the average of an arm that was never pulled. Infinity: every arm comes once first,
+            as in `ucb`, wherever the zero of the rewards lies. Sutton and Barto start at 0.
     Returns: the arms pulled, [R, T].
-    Raises: ValueError on epsilon outside [0, 1], pulls < 1, or means that are not [R, K].
+    Raises: ValueError on epsilon outside [0, 1], pulls < 1, untried NaN, or means that are not
+        [R, K].
     Source: Sutton and Barto 2018, "Reinforcement Learning", section 2.4.
     """
     in_range(epsilon, "epsilon", 0.0, 1.0)
+    in_range(untried, "untried", -math.inf, infinite=True)
     runs, arms = _shape(bandit)
     generator = torch.Generator().manual_seed(seed)
 
     def choose(averages: Tensor, counts: Tensor, step: int) -> Tensor:
         explore = torch.rand(runs, generator=generator) < epsilon
         anywhere = torch.randint(arms, (runs,), generator=generator)
-        return torch.where(explore, anywhere, averages.argmax(-1))
+        greedy = averages.masked_fill(counts == 0, untried).argmax(-1)
+        return torch.where(explore, anywhere, greedy)
 
     return _play(bandit, pulls, choose, generator)
 

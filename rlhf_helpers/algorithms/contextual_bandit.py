@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -39,6 +40,8 @@ class Config:
         learning_rate: of Adam.
         clip: ε of "ppo_clip"; math.inf turns clipping off.
         target_kl: nats; the KL(π_old‖π) that "ppo_penalty" steers to and "trpo" never exceeds.
+        stop_kl: nats; a run takes no further step on a rollout once KL(π_old‖π) on it is above
+            this. None never stops; "trpo" makes one step anyway.
         seed: of contexts, actions and noise.
     """
 
@@ -50,6 +53,7 @@ class Config:
     learning_rate: float = 0.05
     clip: float = 0.2
     target_kl: float = 0.02
+    stop_kl: float | None = None
     seed: int = 0
 
 
@@ -216,17 +220,42 @@ def train(policy: Tensor, bandit: LinearBandit, config: Config) -> Iterator[Metr
             coefficients = torch.tensor([c.coefficient for c in controllers], dtype=policy.dtype)
             for _ in range(config.epochs):
                 for part in minibatches(batch, config.minibatches, generator):
-                    if config.method == "reinforce":
-                        reinforce_update(policy, optimizer, part)
-                    elif config.method == "ppo_clip":
-                        ppo_clip_update(policy, optimizer, part, config.clip)
-                    else:
-                        ppo_penalty_update(policy, optimizer, part, coefficients)
+                    stopped = _stopped(policy, batch, config.stop_kl)
+                    with _kept(policy, optimizer, stopped):
+                        if config.method == "reinforce":
+                            reinforce_update(policy, optimizer, part)
+                        elif config.method == "ppo_clip":
+                            ppo_clip_update(policy, optimizer, part, config.clip)
+                        else:
+                            ppo_penalty_update(policy, optimizer, part, coefficients)
         metrics = measure(policy, bandit, batch, config, held_out, initial_logits)
         if config.method == "ppo_penalty":
             for controller, kl in zip(controllers, metrics["step_kl"], strict=True):
                 controller.update(kl, config.batch_size)
         yield Metrics(iteration, grad_norm=norms, **metrics)
+
+
+@torch.no_grad()
+def _stopped(policy: Tensor, batch: Batch, stop_kl: float | None) -> Tensor:
+    """Which runs have gone far enough on this rollout: [R], none without a limit."""
+    if stop_kl is None:
+        return torch.zeros(len(policy), dtype=torch.bool)
+    moved = exact_kl(batch.old_logits, policy_logits(policy, batch.contexts)).mean(-1)
+    return moved > stop_kl
+
+
+@contextmanager
+def _kept(policy: Tensor, optimizer: torch.optim.Optimizer, rows: Tensor) -> Iterator[None]:
+    """Undo for some runs what a step does to weights and moments; all runs share one optimizer."""
+    if not rows.any():
+        yield
+        return
+    state = optimizer.state[policy]
+    tensors = [policy.data, state["exp_avg"], state["exp_avg_sq"]]
+    before = [tensor[rows].clone() for tensor in tensors]
+    yield
+    for tensor, kept in zip(tensors, before, strict=True):
+        tensor[rows] = kept
 
 
 def gradient_norms(policy: Tensor, batch: Batch) -> Tensor:
@@ -285,6 +314,8 @@ def _check(policy: Tensor, bandit: LinearBandit, config: Config) -> None:
     in_range(config.epochs, "epochs", 1)
     in_range(config.learning_rate, "learning_rate", 0.0, open_low=True)
     in_range(config.target_kl, "target_kl", 0.0, open_low=True)
+    if config.stop_kl is not None:
+        in_range(config.stop_kl, "stop_kl", 0.0, open_low=True)
     if config.minibatches < 1 or config.batch_size % config.minibatches:
         raise ValueError(
             f"minibatches={config.minibatches} must divide batch_size={config.batch_size}"

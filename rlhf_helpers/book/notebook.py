@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 from IPython import get_ipython
-from IPython.display import Markdown, display
+from IPython.display import SVG, Markdown, display
 
 from rlhf_helpers import settings
+from rlhf_helpers._validate import one_of
 from rlhf_helpers.book import plots
 
 # What could begin or end something in Markdown, MyST, HTML or a formula, wherever it stands; a
@@ -114,6 +115,20 @@ def record_sweep(chapter: str, started: float, asked: dict, results: dict) -> No
 def say(sentence: str) -> None:
     """Display a sentence that carries numbers of this run, as Markdown."""
     display(Markdown(sentence))
+
+
+def drawing(name: str) -> None:
+    """Display a drawing that ships with the package, so that it is there wherever a notebook is
+    opened alone.
+
+    Args:
+        name: of a file in `assets/drawings`, without ending.
+    Raises: ValueError on an unknown name, with the list of known ones.
+    """
+    folder = resources.files("rlhf_helpers").joinpath("assets/drawings")
+    known = sorted(Path(one.name).stem for one in folder.iterdir())
+    one_of(name, known, "name")
+    display(SVG(folder.joinpath(f"{name}.svg").read_text(encoding="utf-8")))
 
 
 def table(rows: Iterable[Sequence[object]], columns: Sequence[str], title: str = "") -> None:

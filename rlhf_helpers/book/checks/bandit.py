@@ -5,37 +5,38 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_helpers.book.checks.judge import Function, gradient_of, judge, judge_number, vector
+from rlhf_helpers.book.checks.judge import Function, judge, judge_number, vector
+from rlhf_helpers.worlds.bandits import GaussianBandit, ten_arms
 
 
-def check_bandit_gradient(answer: Function) -> None:
-    """Exercise 1: answer(probs [K], means [K]) -> exact gradient of the expected reward, [K]."""
+def check_gradient_estimate(answer: Function) -> None:
+    """Exercise 1: answer(probs [K], actions [N], rewards [N]) -> estimate of the gradient, [K]."""
 
-    def average(p: Tensor, m: Tensor) -> Tensor:
-        return (p * m).sum()
+    def scores(p: Tensor, a: Tensor) -> Tensor:
+        return torch.eye(len(p), dtype=p.dtype)[a] - p
 
     judge(
         answer,
-        lambda p, m: p * (m - average(p, m)),
+        lambda p, a, r: (r[:, None] * scores(p, a)).mean(0),
         [
-            (vector([0.5, 0.3, 0.2]), vector([1.0, 2.0, 0.0])),
-            (vector([0.1, 0.9]), vector([-1.0, 4.0])),
+            (vector([0.5, 0.3, 0.2]), torch.tensor([1, 0, 2, 1]), vector([2.0, 1.0, -0.5, 3.0])),
+            (vector([0.1, 0.9]), torch.tensor([1, 0, 1]), vector([4.0, -1.0, 3.0])),
         ],
         {
-            "the sign is turned round: an arm above your average must get a positive number.": (
-                lambda p, m: p * (average(p, m) - m)
+            "the sign is turned round: a pulled arm that paid must get a positive number.": (
+                lambda p, a, r: -(r[:, None] * scores(p, a)).mean(0)
             ),
-            "these are the advantages; weigh each by how often its arm is played.": lambda p, m: (
-                m - average(p, m)
+            "nothing is subtracted from 1 for the pulled arm: an arm that is raised takes"
+            " probability from all others.": (
+                lambda p, a, r: (r[:, None] * (scores(p, a) + p)).mean(0)
             ),
-            "nothing is subtracted: an arm's logit also takes probability from arms that pay.": (
-                lambda p, m: p * m
+            "this is the sum over the plays; take the mean, or the step grows with the batch.": (
+                lambda p, a, r: (r[:, None] * scores(p, a)).sum(0)
             ),
-            "your average is the plain mean of the arms; weigh them by the probabilities.": (
-                lambda p, m: p * (m - m.mean())
-            ),
-            "this is the gradient in the probabilities; we want the one in the logits.": (
-                lambda p, m: m
+            "arms that you play rarely are drawn rarely already; do not weight by the probability"
+            " again.": (lambda p, a, r: (p[a][:, None] * r[:, None] * scores(p, a)).mean(0)),
+            "no baseline was asked for: use the rewards as they are.": (
+                lambda p, a, r: ((r - r.mean())[:, None] * scores(p, a)).mean(0)
             ),
         },
     )
@@ -79,34 +80,99 @@ def check_batch_mean_factor(answer: float | None) -> None:
     )
 
 
-def check_policy_gradient_loss(answer: Function) -> None:
-    """Exercise 4: answer(logits [K], actions [N], advantages [N]) -> a loss; its gradient is
-    compared."""
-    cases = [
-        (vector([0.2, -0.4, 1.0]), torch.tensor([0, 2, 2, 1]), vector([1.0, -0.5, 2.0, 0.3])),
-        (vector([0.0, 0.0]), torch.tensor([1, 0]), vector([1.0, 3.0])),
-    ]
-
-    def of_probs(logits: Tensor, actions: Tensor, advantages: Tensor) -> Tensor:
-        return -(advantages * logits.softmax(-1)[actions]).mean()
-
-    def right(logits: Tensor, actions: Tensor, advantages: Tensor) -> Tensor:
-        return -(advantages * logits.log_softmax(-1)[actions]).mean()
-
-    judge(
-        gradient_of(answer),
-        gradient_of(right),
-        cases,
+def check_bad_start(answer: float | None) -> None:
+    """Exercise 5: around which mean an average of 0 for untried arms ruins ε-greedy."""
+    judge_number(
+        answer,
+        4,
         {
-            "the sign is turned round: PyTorch minimises, so this unlearns.": gradient_of(
-                lambda *x: -right(*x)
-            ),
-            "the sum must be a mean, or the step grows with the batch.": gradient_of(
-                lambda *x: right(*x) * len(x[1])
-            ),
-            "a logit is not a log-probability: take log_softmax of the logits first.": gradient_of(
-                lambda z, actions, advantages: -(advantages * z[actions]).mean()
-            ),
+            "there every arm that is tried looks worse than an untried one, so all are tried at"
+            " once: a good start.": -4,
+            "there it does harm, too, when the first arm pays more than 0; where is that always"
+            " so?": 0,
         },
-        untouched=gradient_of(of_probs),
     )
+
+
+_ARMS = (10, 11, 12)  # seeds of the bandits that a loop is tried on
+_PULLS = 5_000
+_NOT_ATTEMPTED = (
+    "Not attempted: your function returns nothing yet. Write it, then run this cell again."
+)
+
+
+def check_reinforce(answer: Function) -> None:
+    """Exercise 6: answer(pull) -> logits [10]; pull takes arms [N], returns rewards [N]."""
+    _judge_loop(
+        answer,
+        "it has learned nothing. Are the arms in the loss those that were pulled, and is the step"
+        " taken?",
+    )
+
+
+def check_fixed_loop(answer: Function) -> None:
+    """Exercise 4: as exercise 6, for the loop that was given with a bug."""
+    _judge_loop(
+        answer,
+        "the policy still learns nothing, so the bug is still there. Which arms does the loss speak"
+        " of?",
+    )
+
+
+def _judge_loop(answer: Function, nothing: str) -> None:
+    """Print the verdict on a loop: how much of the way from the average arm to the best one its
+    policy goes, on bandits that it has not seen."""
+    ways = []
+    for seed in _ARMS:
+        bandit = GaussianBandit(ten_arms(offset=4.0, seed=seed).means[0])
+        try:
+            logits = _logits_of(answer, bandit, seed)
+        except Exception as error:
+            print(f"Not yet: your function raised {type(error).__name__}: {error}")
+            return
+        if logits is None:
+            print(_NOT_ATTEMPTED)
+            return
+        average = bandit.means.mean()
+        way = (bandit.expected_reward(logits) - average) / (bandit.optimal_value() - average)
+        ways.append(way.item())
+    mean = sum(ways) / len(ways)
+    if mean > 0.7:
+        print("Right.")
+    elif mean < -0.15:
+        print("Not yet: the sign is turned round, so the policy looks for the worst arm.")
+    elif mean < 0.15:
+        print(f"Not yet: {nothing}")
+    else:
+        print(
+            f"Not yet: the policy goes {mean:.0%} of the way from the average arm to the best one;"
+            " it should go more than 70%. Has it a baseline, and enough steps that are not too"
+            " large?"
+        )
+
+
+def _logits_of(answer: Function, bandit: GaussianBandit, seed: int) -> Tensor | None:
+    """What a loop returns for one bandit, with random numbers that the notebook does not notice."""
+    # another seed than below: noise and choices must not be the same random numbers
+    generator, pulls = torch.Generator().manual_seed(seed + 1000), 0
+
+    def pull(actions: Tensor) -> Tensor:
+        nonlocal pulls
+        pulls += actions.numel()
+        if pulls > _PULLS:
+            raise RuntimeError(f"more than {_PULLS:,} pulls")
+        return bandit.pull(actions, generator)
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        found = answer(pull)
+    if found is None:
+        return None
+    logits = torch.as_tensor(found, dtype=torch.float64).detach()
+    if logits.shape != bandit.means.shape:
+        raise ValueError(f"return ten logits; these have the shape {tuple(logits.shape)}")
+    if not logits.isfinite().all():
+        raise ValueError("the logits hold a NaN or an infinity; take smaller steps")
+    if (logits >= 0).all() and abs(logits.sum().item() - 1) < 1e-6:
+        raise ValueError("these are probabilities; return the logits")
+    return logits

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from rlhf_helpers.book.checks.judge import Function, judge, judge_number, vector
+from rlhf_helpers.kl import exact_kl
+from rlhf_helpers.worlds.bandits import fan
 
 
 def check_categorical_kl(answer: Function) -> None:
@@ -39,7 +42,7 @@ def check_categorical_kl(answer: Function) -> None:
             "logits are not log-probabilities; take log_softmax of both first.": lambda old, new: (
                 old.softmax(-1) * (old - new)
             ).sum(),
-            "each action counts the same here; weigh it by its old probability.": of_probs(
+            "each action counts the same here; weight it by its old probability.": of_probs(
                 lambda p, q: (p / q).log().mean()
             ),
             "this is in bits; use the natural logarithm.": of_probs(
@@ -49,37 +52,73 @@ def check_categorical_kl(answer: Function) -> None:
     )
 
 
-def check_fisher_product(answer: Function) -> None:
-    """Exercise 2: answer(logits [K], v [K]) -> F·v for the Fisher matrix F of the softmax,
-    [K]."""
+def check_step_by_hand(answer: float | None) -> None:
+    """Exercise 2: what TRPO's step of 0.02 nats adds to the logit of machine 2 relative to machine
+    3."""
+    probs, pays = vector([0.70, 0.05, 0.25]), vector([1.0, 2.0, 0.0])
+    variance = (probs * pays**2).sum() - (probs @ pays) ** 2
+    scale = (2 * 0.02 / variance).sqrt().item()
+    judge_number(
+        answer,
+        2 * scale,
+        {
+            "that is what one unit of pay adds; machine 2 pays two more than machine 3.": scale,
+            "the KL is half the variance, so the root is of 2δ over it.": 2 * scale / 2**0.5,
+            "the length is the root of that.": 2 * scale**2,
+            "E[pay²] is not yet the variance: subtract the square of the mean.": 2
+            * (0.04 / (probs * pays**2).sum().item()) ** 0.5,
+        },
+        tolerance=0.015,
+    )
 
-    def of_probs(function: Callable[[Tensor, Tensor], Tensor]) -> Function:
-        return lambda logits, v: function(logits.softmax(-1), v)
+
+def check_telescope(answer: Function) -> None:
+    """Exercise 3: answer(rewards [T], first_value, last_value, gamma) -> Σ γ^t (r_t + γ·V(s_{t+1})
+    − V(s_t)), whatever the values between."""
+
+    def right(rewards: Tensor, first: float, last: float, gamma: float) -> float:
+        values = [first, *[7.0 * i for i in range(1, len(rewards))], last]  # those between cancel
+        steps = enumerate(zip(rewards.tolist(), values[:-1], values[1:], strict=True))
+        return sum(gamma**t * (r + gamma * after - before) for t, (r, before, after) in steps)
+
+    def discounted(rewards: Tensor, gamma: float) -> Tensor:
+        return sum(gamma**t * r for t, r in enumerate(rewards))
 
     judge(
         answer,
-        of_probs(lambda p, v: p * (v - p @ v)),
+        right,
         [
-            (vector([1.0, -2.0, 0.5]), vector([0.3, 1.0, -2.0])),
-            (vector([0.0, 1.0, 2.0, -1.0]), vector([5.0, 1.0, 2.0, 4.0])),
+            (vector([1.0, 0.0, 2.0]), 0.5, 3.0, 0.9),
+            (vector([0.0, 1.0, -1.0, 4.0]), -1.0, 2.0, 0.5),
         ],
         {
-            "this is the number vᵀ·F·v; the product F·v has one entry an action.": of_probs(
-                lambda p, v: (p * v * v).sum() - (p @ v) ** 2
+            "the last value lies T steps ahead: discount it by γ to the power T.": (
+                lambda r, v, w, g: discounted(r, g) + w - v
             ),
-            "this is diag(p)·v; the part p·pᵀ·v is still to be subtracted.": of_probs(
-                lambda p, v: p * v
+            "the last value is discounted once per step: by γ to the power T.": (
+                lambda r, v, w, g: discounted(r, g) + g * w - v
             ),
-            "this is v minus its mean; weigh each entry by its probability.": of_probs(
-                lambda p, v: v - p @ v
+            "the last value is missing: it does not cancel.": (
+                lambda r, v, w, g: discounted(r, g) - v
             ),
-            "the plain mean of v is subtracted; F needs the mean under the policy.": of_probs(
-                lambda p, v: p * (v - v.mean())
+            "the first value is missing, or was added: it is subtracted once.": (
+                lambda r, v, w, g: discounted(r, g) + g ** len(r) * w
             ),
-            "the two parts are added; F = diag(p) − p·pᵀ.": of_probs(lambda p, v: p * (v + p @ v)),
-            "logits are used as probabilities; take the softmax first.": lambda logits, v: (
-                logits * (v - logits @ v)
+            "the rewards have to be discounted, too.": (
+                lambda r, v, w, g: r.sum() + g ** len(r) * w - v
             ),
+        },
+    )
+
+
+def check_without_reward_noise(answer: float | None) -> None:
+    """Exercise 6: whether a step of three nats from sixteen samples helps (+1) or does harm (−1) if
+    rewards have no noise."""
+    judge_number(
+        answer,
+        -1,
+        {
+            "run it: the batch still has only sixteen contexts, with one arm in each.": 1,
         },
     )
 
@@ -147,8 +186,6 @@ def check_line_search(answer: Function) -> None:
             (vector([0.0, 0.1, 0.1]), vector([0.01, 0.004, 0.001]), 0.02),  # no gain is not a gain
         ],
         {
-            "both conditions must hold; with 'or' a step that is too far, or a loss, gets "
-            "through.": first(lambda gain, kl, budget: kl <= budget or gain > 0, otherwise=None),
             "the gain is not looked at; a step inside the region can still be a loss.": first(
                 lambda gain, kl, budget: kl <= budget
             ),
@@ -167,4 +204,81 @@ def check_line_search(answer: Function) -> None:
             "you take the share with the largest gain; the search stops at the first share that "
             "is allowed.": (greedy),
         },
+        untouched=first(lambda gain, kl, budget: kl <= budget or gain > 0, otherwise=None),
     )
+
+
+_FAR = 0.05  # nats
+_CALLS = 30
+
+
+def check_careful_training(answer: Function) -> None:
+    """Exercise 7: answer(collect) -> weights [8, 2] of a policy that was trained without moving
+    far; collect(weights) -> contexts [64, 2], actions [64], rewards [64]."""
+    try:
+        found, steps = _trained(answer)
+    except Exception as error:
+        print(f"Not yet: your function raised {type(error).__name__}: {error}")
+        return
+    if found is None:
+        print(
+            "Not attempted: your function returns nothing yet. Write it, then run this cell again."
+        )
+        return
+    contexts = _WORLD.contexts(1000, generator=torch.Generator().manual_seed(1))
+    reward = _WORLD.expected_reward(contexts @ found.T, contexts).mean().item()
+    if max(steps, default=0.0) > _FAR:
+        print(
+            f"Not yet: one of your updates moved {max(steps):.2f} nats, and {_FAR} are allowed."
+            " Measure the KL between the old and the new policy on the batch, and act on it."
+        )
+    elif reward > 0.9:
+        print(f"Right. Reward {reward:.1f}, no update beyond {_FAR} nats.")
+    elif reward < -0.2:
+        print("Not yet: the sign is turned round, so the policy looks for the worst arm.")
+    else:
+        print(
+            f"Not yet: no update went far, but the reward is {reward:.1f}; it should be above 0.9."
+            " Are your steps too small, or do you use too few of the 30 batches?"
+        )
+
+
+_WORLD = fan(8)
+
+
+def _trained(answer: Function) -> tuple[Tensor | None, list[float]]:
+    """What a loop returns, and the KL between the policies of one call and the next, on the
+    contexts of the first; with random numbers that the notebook does not notice."""
+    generator = torch.Generator().manual_seed(0)
+    visited: list[tuple[Tensor, Tensor]] = []
+
+    def collect(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if len(visited) == _CALLS:
+            raise RuntimeError(f"collect was called more than {_CALLS} times")
+        weights = _weights(weights)
+        contexts = _WORLD.contexts(64, generator=generator)
+        visited.append((weights.clone(), contexts))
+        probs = (contexts @ weights.T).softmax(-1)
+        actions = torch.multinomial(probs, 1, generator=generator)[:, 0]
+        return contexts, actions, _WORLD.pull(contexts, actions, generator)
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        found = answer(collect)
+    if found is None:
+        return None, []
+    weights = [*(one for one, _ in visited), _weights(found)]
+    steps = [
+        exact_kl(contexts @ old.T, contexts @ new.T).mean().item()
+        for (_, contexts), old, new in zip(visited, weights[:-1], weights[1:], strict=True)
+    ]
+    return weights[-1], steps
+
+
+def _weights(value: object) -> Tensor:
+    weights = torch.as_tensor(value, dtype=torch.float64).detach()
+    if weights.shape != _WORLD.weights.shape:
+        raise ValueError(f"the weights have the shape {tuple(weights.shape)}; make them [8, 2]")
+    if not weights.isfinite().all():
+        raise ValueError("the weights hold a NaN or an infinity; take smaller steps")
+    return weights

@@ -10,7 +10,7 @@ import set_repo
 ROOT = set_repo.ROOT
 PUBLIC = [ROOT / "README.md", *sorted((ROOT / "book").glob("*.md")), *nbrun.find_notebooks()]
 COLAB = re.compile(r"https://colab\.research\.google\.com/github/[^\s)\"\\]+")
-INSTALL = re.compile(r"git\+(https://[^\s)\"'\\`]+)")
+INSTALL = re.compile(r"git\+https://[^\s)\"'\\`]+")
 PAGES = re.compile(r"https://([\w-]+\.github\.io/[\w.-]+)")
 
 
@@ -19,7 +19,7 @@ def test_every_address_is_that_of_the_configuration(path):
     text = path.read_text(encoding="utf-8")
     expected = {set_repo.colab_url(notebook.stem) for notebook in nbrun.find_notebooks()}
     assert set(COLAB.findall(text)) <= expected
-    assert set(INSTALL.findall(text)) <= {set_repo.repository()["url"]}
+    assert set(INSTALL.findall(text)) <= {set_repo.install_url()}
 
 
 def test_the_readme_has_a_badge_for_each_chapter():
@@ -62,6 +62,26 @@ def test_set_repo_leaves_no_trace_of_the_old_address(copy):
         "https://colab.research.google.com/github/some-one/a.fork/blob/"
     )
     assert "https://some-one.github.io/a.fork/" in after[(copy / "README.md").relative_to(copy)]
+
+
+def test_a_release_moves_every_link_and_install_line_to_its_tag(copy):
+    """Oracle: the texts, searched for the branch; and back again, to the letter."""
+    name, before = set_repo.name_of(copy), texts(copy)
+    set_repo.set_repository(name, copy, "v1.0.0")
+    after = "\n".join(texts(copy).values())
+    assert set(INSTALL.findall(after)) == {f"git+https://github.com/{name}@v1.0.0"}
+    assert set_repo.install_url(copy) == f"git+https://github.com/{name}@v1.0.0"
+    assert f"{name}/blob/v1.0.0/notebooks/grpo.ipynb" in after
+    assert not re.findall(rf"{re.escape(name)}(?:/blob)?/main\b", after)
+    set_repo.set_repository("some-one/fork", copy)
+    assert set_repo.install_url(copy) == "git+https://github.com/some-one/fork@v1.0.0"
+    set_repo.set_repository(name, copy, "main")
+    assert texts(copy) == before
+
+
+def test_set_repo_refuses_what_is_no_tag(copy):
+    with pytest.raises(ValueError, match="neither a branch nor a tag"):
+        set_repo.set_repository("owner/name", copy, "v1 0")
 
 
 def test_set_repo_and_back_changes_nothing(copy):

@@ -232,7 +232,7 @@ def test_the_set_up_cell_installs_on_colab_only(path):
     source = code_cells(path)[0].source
     # what only the chapters with a language model need is an extra
     extra = "rlhf_helpers[lm]@" if nbrun.read(path).metadata["needs_model"] else ""
-    install = f'%pip install -q "{extra}git+{set_repo.repository()["url"]}"'
+    install = f'%pip install -q "{extra}{set_repo.install_url()}"'
     assert re.search(
         rf'^if "google\.colab" in sys\.modules:\n    {re.escape(install)}$', source, re.M
     )

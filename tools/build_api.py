@@ -60,7 +60,7 @@ SECTIONS = [
         "Language models",
         "Loading a model with a tokenizer that is safe to use in batches, LoRA, the frozen"
         " reference, the value head; and sampling from it.",
-        ("models", "rollout"),
+        ("models", "rollout", "conversations"),
     ),
     Section(
         "Worlds",

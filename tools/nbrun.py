@@ -19,12 +19,16 @@ LANGUAGE = {
     "pygments_lexer": "ipython3",
 }
 # On Linux getrusage counts the peak of the process that started the kernel too, so the kernel's own
-# record comes first.
+# record comes first. Windows has neither; psutil comes with ipykernel.
 PEAK_MEMORY = """
-import os, re, resource
+import os, re, sys
 if os.path.exists("/proc/self/status"):
     print(int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 2**10)
+elif sys.platform == "win32":
+    import psutil
+    print(psutil.Process().memory_info().peak_wset / 2**20)
 else:
+    import resource
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 """
 
@@ -91,4 +95,5 @@ def normalise(nb):
 
 
 def write(nb, path):
-    Path(path).write_text(nbformat.writes(nb, indent=1) + "\n", encoding="utf-8")
+    text = nbformat.writes(nb, indent=1) + "\n"
+    Path(path).write_text(text, encoding="utf-8", newline="\n")

@@ -23,17 +23,17 @@ def copy_sources(root, target):
             shutil.copytree(root / name, target / name, ignore=ignore)
 
 
-def main(root=nbrun.ROOT):
-    os.environ["RLHF_SCALE"] = "tiny"
-    target = root / "_build" / "run"
-    copy_sources(root, target)
+def run(paths):
+    """Execute notebooks in place, one after the other, and print how long each took.
+
+    Returns: the names of those that failed; one that fails says nothing about the others.
+    """
     total, failed = 0.0, []
-    for path in nbrun.find_notebooks(target):
+    for path in paths:
         print(f"{path.stem:<32}", end="", flush=True)
         try:
             nb, seconds, _ = nbrun.execute(path)
         except FAILURES as error:
-            # one that fails says nothing about the others
             print("failed", flush=True)
             print(error, file=sys.stderr, flush=True)
             failed.append(path.stem)
@@ -44,7 +44,14 @@ def main(root=nbrun.ROOT):
     print(f"{'all notebooks' if not failed else 'the others':<32}{total:6.1f} s")
     if failed:
         print("failed:", ", ".join(failed), file=sys.stderr)
-    return bool(failed)
+    return failed
+
+
+def main(root=nbrun.ROOT):
+    os.environ["RLHF_SCALE"] = "tiny"
+    target = root / "_build" / "run"
+    copy_sources(root, target)
+    return bool(run(nbrun.find_notebooks(target)))
 
 
 if __name__ == "__main__":

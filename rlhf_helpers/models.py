@@ -11,7 +11,8 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ from rlhf_helpers._forward import (
     completion_states,
     language_model,
 )
-from rlhf_helpers._validate import same_shape
+from rlhf_helpers._validate import check_list, check_model, check_tokenizer, same_shape
+from rlhf_helpers.conversations import Conversation, Prompt, conversation_problem, messages_of
 
 TINY = settings.TINY
 # Names that model families give to the projections of the attention to query, key and value.
@@ -121,7 +123,8 @@ def from_files(
         )
     except OSError as error:
         raise OSError(
-            f"{str(source)!r} has no safetensors weights here; pickle files are not loaded.\n"
+            _told_of_gguf(source)
+            or f"{str(source)!r} has no safetensors weights here; pickle files are not loaded.\n"
             "Connect to the hub once, or save the model again with save_pretrained."
         ) from error
     except Exception as error:
@@ -169,11 +172,34 @@ def _read(what: str, source: str | os.PathLike, read: Callable[[], Any]) -> Any:
 def _unreadable(what: str, source: str | os.PathLike, error: Exception) -> Exception:
     if "trust_remote_code" in str(error):
         return ValueError(f"{what} {str(source)!r} needs code of its own, never run here: {error}")
+    told = _told_of_gguf(source)
+    if told is not None:
+        return OSError(told)
     if os.path.isfile(source):
         return OSError(f"{str(source)!r} is a file; pass the folder of a saved {what}")
     return OSError(
         f"the {what} in {str(source)!r} cannot be read: {_reason(error)}\n"
         "A file in it is missing, damaged or of another kind; save or download it again."
+    )
+
+
+def _told_of_gguf(source: str | os.PathLike) -> str | None:
+    """How to read a GGUF file, for which transformers has another call; None if none is there."""
+    path = Path(source)
+    found = [path] if path.suffix == ".gguf" and path.is_file() else sorted(path.glob("*.gguf"))
+    if not found:
+        return None
+    folder, name = str(found[0].parent), found[0].name
+    return (
+        f"{str(found[0])!r} is a GGUF file, the format of llama.cpp with rounded weights; only"
+        " safetensors are read here. Convert it once (pip install gguf):\n"
+        f"  read = AutoModelForCausalLM.from_pretrained({folder!r}, gguf_file={name!r})\n"
+        "  settings = read.config.to_dict(); settings.pop('quantization_config', None)\n"
+        "  model = type(read)(type(read.config)(**settings))\n"
+        "  model.load_state_dict(read.state_dict()); model.save_pretrained(new_folder)\n"
+        f"  AutoTokenizer.from_pretrained({folder!r}, gguf_file={name!r})"
+        ".save_pretrained(new_folder)\n"
+        "and load new_folder."
     )
 
 
@@ -312,26 +338,50 @@ class Cut(str):
     """
 
 
+def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token with which the chat template ends the assistant's turn: of what it writes behind an
+    answer, the first that is special or was added to the vocabulary. What it writes behind that,
+    such as a line end, is no part of a response.
+
+    Returns: None without a template, or if it writes no such token.
+    """
+    found = _turn(tokenizer)
+    if found is None:
+        return None
+    marks = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
+    return next((one for one in found[1] if one in marks), None)
+
+
+# --- texts and tokens ----------------------------------------------------------------------------
+
+
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     device: str | torch.device = "cpu",
 ) -> tuple[Tensor, Tensor]:
     """Tokens of a batch of prompts, padded on the left so that completions start in one column.
 
-    No special token is added, whatever the tokenizer's habit, and none is made of a prompt that
-    spells one. An empty prompt becomes one beginning-of-sequence token (end-of-sequence if there is
-    no other), since a model needs something to continue.
+    No special token is added to a text, whatever the tokenizer's habit, and none is made of one
+    that spells it. An empty text becomes one beginning-of-sequence token (end-of-sequence if there
+    is no other), since a model needs something to continue. A conversation is written out by the
+    tokenizer's chat template, up to where the assistant begins to speak; its special tokens are
+    those of the template and no others.
 
     Args:
         tokenizer: as `load` returns it.
-        prompts: B texts.
+        prompts: B texts or conversations; see `conversations.chat`.
         device: where the tensors go.
     Returns: (tokens [B, P], mask [B, P]), int64; mask 1 on the prompt, by its length.
-    Raises: ValueError on no prompts, one text in place of a list, an entry that is no text or
-        becomes a special token, or an empty prompt without a token to stand for it, naming its
-        index.
+    Raises: ValueError on no prompts, one prompt in place of a list, an entry that is neither text
+        nor conversation, a text that becomes a special token, an empty text without a token to
+        stand for it, a conversation as in
+        `conversations.conversation_problem`, without a template, or that the
+        template refuses or that spells a special token; naming its index.
     """
+    check_tokenizer(tokenizer)
+    if not isinstance(prompts, str):
+        check_list(prompts, "prompts")
     if isinstance(prompts, str) or len(prompts) == 0:
         raise ValueError("prompts must be a list of at least one text")
     rows = prompt_ids(tokenizer, prompts)
@@ -345,13 +395,21 @@ def encode_prompts(
 
 
 def prompt_ids(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], name: str = "prompts"
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], name: str = "prompts"
 ) -> list[list[int]]:
     """Tokens of each prompt, by the rules of `encode_prompts`.
 
     Raises: ValueError as there; `name` is what its messages call the list.
     """
-    rows = _text_ids(tokenizer, prompts, name)
+    if isinstance(next(iter(prompts), None), Mapping):
+        raise ValueError(f"{name} is one conversation; put it into a list")
+    found = {i: messages_of(one) for i, one in enumerate(prompts)}
+    talks = {i: messages for i, messages in found.items() if messages is not None}
+    rows = _text_ids(tokenizer, ["" if i in talks else p for i, p in enumerate(prompts)], name)
+    if talks:
+        where = [f"{name}[{i}]" for i in talks]
+        for i, ids in zip(talks, _conversation_ids(tokenizer, talks.values(), where), strict=True):
+            rows[i] = ids
     start = tokenizer.bos_token_id
     if start is None:
         start = tokenizer.eos_token_id
@@ -364,37 +422,46 @@ def prompt_ids(
 
 
 def response_ids(
-    tokenizer: PreTrainedTokenizerBase, responses: Sequence[str], name: str = "responses"
+    tokenizer: PreTrainedTokenizerBase,
+    responses: Sequence[str],
+    name: str = "responses",
+    prompts: Sequence[Prompt] | None = None,
 ) -> list[list[int]]:
-    """Tokens of responses as they stand behind a prompt, with one end-of-text token where a text
-    has ended.
+    """Tokens of responses as they stand behind a prompt, with one end token where a text has ended:
+    the end-of-text token, or behind a conversation the end of a turn in the chat template.
 
     Each is tokenised by itself: together with its prompt, letters on both sides of the border could
     merge into one token, and the prompt would no longer be the prompt that is sampled from. A space
-    that the tokenizer puts in front of every text is taken away again.
+    that the tokenizer puts in front of every text is taken away again. Behind a conversation, too,
+    a response is what the model writes, letter by letter: a template that puts something between
+    prompt and response (Llama 2's a space) expects it in the response, and a warning says so.
 
     Args:
         tokenizer: with an end-of-text token.
         responses: N texts; a `Cut` one gets no end. One that spells the end itself, as in many
             public sets, gets one and not two.
         name: what messages call the list.
+        prompts: N prompts, of which only is asked which are conversations; None: all are texts.
     Returns: N lists; that of an empty `Cut` is empty.
     Raises: ValueError on a tokenizer without an end-of-text token, an entry that is no text or
         becomes another special token, or a tokenizer whose added space cannot be told from the
         text, naming the index.
     """
-    end = tokenizer.eos_token_id
-    if end is None:
-        raise ValueError("tokenizer has no end-of-text token, so a response could never end")
     if isinstance(responses, str):
         raise ValueError(f"{name} is one text; put it into a list")
-    texts = [text if isinstance(text, Cut) else _without_end(tokenizer, text) for text in responses]
+    check_tokenizer(tokenizer)
+    check_list(responses, name)
+    ends = _ends_of(tokenizer, responses, prompts)
+    texts = [
+        text if isinstance(text, Cut) else _without_end(tokenizer, text, end)
+        for text, end in zip(responses, ends, strict=True)
+    ]
     found = _text_ids(tokenizer, texts, name)
     for i, (ids, text) in enumerate(zip(found, texts, strict=True)):
         if _has_spaces_of_its_own(tokenizer, ids, text):
             found[i] = _ids_behind(tokenizer, text, f"{name}[{i}]")
-    pairs = zip(found, responses, strict=True)
-    return [ids if isinstance(text, Cut) else [*ids, end] for ids, text in pairs]
+    rows = zip(found, responses, ends, strict=True)
+    return [ids if isinstance(text, Cut) else [*ids, end] for ids, text, end in rows]
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, tokens: Tensor, mask: Tensor) -> list[str]:
@@ -409,6 +476,7 @@ def decode(tokenizer: PreTrainedTokenizerBase, tokens: Tensor, mask: Tensor) -> 
         punctuation stay.
     Raises: ValueError on unequal shapes.
     """
+    check_tokenizer(tokenizer)
     same_shape(tokens=tokens, mask=mask)
     special = _special_ids(tokenizer)
     rows = (row[counts.bool()].tolist() for row, counts in zip(tokens, mask, strict=True))
@@ -427,18 +495,122 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     # a tokenizer of one's own need not know more than its end
     special = set(getattr(tokenizer, "all_special_ids", [tokenizer.eos_token_id]))
     added = getattr(tokenizer, "added_tokens_decoder", {})
-    return special | {index for index, token in added.items() if token.special}
+    special |= {index for index, token in added.items() if token.special}
+    # what ends a turn is an end, even where it was added as a word
+    return special | ({turn_end(tokenizer)} - {None})
+
+
+def _conversation_ids(
+    tokenizer: PreTrainedTokenizerBase, talks: Iterable[Conversation], where: Sequence[str]
+) -> list[list[int]]:
+    """Conversations as the template writes them. What spells a special token would become one
+    among those of the template, so it is refused."""
+    special = tokenizer.convert_ids_to_tokens(sorted(_special_ids(tokenizer)))
+    texts, contents, places = [], [], []
+    for messages, place in zip(talks, where, strict=True):
+        problem = conversation_problem(messages)
+        if problem:
+            raise ValueError(f"{place} {problem}")
+        for i, message in enumerate(messages):
+            contents.append(message["content"])
+            places.append(f"{place}[{i}]")
+            spelt = next((one for one in special if one and one in contents[-1]), None)
+            if spelt is not None:
+                raise ValueError(
+                    f"{places[-1]} spells the special token {spelt!r}, which a chat template alone"
+                    " may write; take it out of the text"
+                )
+        texts.append(_rendered(tokenizer, messages, place, add_generation_prompt=True))
+        if messages[-1]["content"].strip() not in texts[-1]:
+            raise ValueError(
+                f"{place}: the tokenizer's chat template leaves the content of the last message"
+                " out; take one that is made for texts"
+            )
+    _text_ids(tokenizer, contents, places)
+    gap, _ = _turn(tokenizer) or ("", [])
+    if any(one and one in gap for one in special):
+        raise ValueError(
+            f"tokenizer: its chat template begins an answer with {gap!r}, but does not write that"
+            " when asked for one (add_generation_prompt); mend the template"
+        )
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=False)["input_ids"]
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, messages: Conversation, where: str, **how: bool
+) -> str:
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            f"{where} is a conversation and the tokenizer has no chat template; take a model that"
+            " was trained on conversations, set tokenizer.chat_template, or pass texts"
+        )
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **how)
+    except Exception as error:
+        raise ValueError(
+            f"{where}: the tokenizer's chat template does not take it: {_reason(error)}"
+        ) from error
+
+
+# letters that no template writes by itself
+_PROBE = "qxzvjk"
+
+
+def _turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int]] | None:
+    """What a template puts between a prompt and the response, and the tokens behind the response;
+    None without a template, or if it writes no response."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    asked = [{"role": "user", "content": "a"}]
+    answered = [*asked, {"role": "assistant", "content": _PROBE}]
+    try:
+        prompt = _rendered(tokenizer, asked, "", add_generation_prompt=True)
+        before, found, after = _rendered(tokenizer, answered, "").rpartition(_PROBE)
+    except ValueError:
+        return None
+    if not found:
+        return None
+    gap = before.removeprefix(prompt) if before.startswith(prompt) else ""
+    return gap, tokenizer(after, add_special_tokens=False)["input_ids"]
+
+
+def _ends_of(
+    tokenizer: PreTrainedTokenizerBase, responses: Sequence[str], prompts: Sequence[Prompt] | None
+) -> list[int]:
+    """The end token of each response."""
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise ValueError("tokenizer has no end-of-text token, so a response could never end")
+    talks = [messages_of(prompt) is not None for prompt in prompts or ()]
+    if not any(talks):
+        return [end] * len(responses)
+    gap, _ = _turn(tokenizer) or ("", [])
+    marks = gap.split()  # of thoughts, which need not be empty
+    for talk, text in zip(talks, responses, strict=True):
+        if not talk or not isinstance(text, str) or text.startswith(gap):
+            continue
+        if not marks or marks[0] not in text:
+            warnings.warn(
+                f"the tokenizer's chat template writes {gap!r} between a prompt and its response,"
+                " and a response does not begin so; put it there, for the model expects it",
+                stacklevel=4,
+            )
+            break
+    turn = turn_end(tokenizer)
+    return [turn if talk and turn is not None else end for talk in talks]
 
 
 def _text_ids(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], name: str
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], name: str | Sequence[str]
 ) -> list[list[int]]:
-    """Tokens of each text alone; what spells a special token stays letters."""
+    """Tokens of each text alone; what spells a special token stays letters. Messages call text i
+    name[i], or by its own name."""
     if not texts:
         return []
-    for i, text in enumerate(texts):
+    names = [f"{name}[{i}]" for i in range(len(texts))] if isinstance(name, str) else name
+    for where, text in zip(names, texts, strict=True):
         if not isinstance(text, str):
-            raise ValueError(f"{name}[{i}] is a {type(text).__name__}; pass a text")
+            raise ValueError(f"{where} is a {type(text).__name__}; pass a text")
     # tokenizers take a plain text faster and without a doubt
     plain = [str(text) for text in texts]
     rows = tokenizer(plain, add_special_tokens=False, split_special_tokens=True)["input_ids"]
@@ -450,16 +622,19 @@ def _text_ids(
             found = next(index for index in row if index in forbidden)
             token = tokenizer.convert_ids_to_tokens(found)
             raise ValueError(
-                f"{name}[{i}] holds what this tokenizer reads as its special token {token!r}; take"
+                f"{names[i]} holds what this tokenizer reads as its special token {token!r}; take"
                 " it out of the text"
             )
     return rows
 
 
-def _without_end(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    end = getattr(tokenizer, "eos_token", None)
-    while isinstance(text, str) and end and text.rstrip().endswith(end):
-        text = text.rstrip().removesuffix(end)
+def _without_end(tokenizer: PreTrainedTokenizerBase, text: str, end: int) -> str:
+    ends = {getattr(tokenizer, "eos_token", None)} - {None, ""}
+    if end != tokenizer.eos_token_id:
+        ends.add(tokenizer.convert_ids_to_tokens(end))
+    while isinstance(text, str) and text.rstrip().endswith(tuple(ends)):
+        text = text.rstrip()
+        text = text.removesuffix(next(one for one in ends if text.endswith(one)))
     return text
 
 
@@ -584,6 +759,7 @@ def reference(policy: nn.Module) -> Callable[[], AbstractContextManager[nn.Modul
         give the base model and not the policy that this run starts from.
     Source: Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences", section 2.
     """
+    check_model(policy, "policy")
     moving = [name for name, p in policy.named_parameters() if p.requires_grad]
     if not isinstance(policy, PeftModel) or not all(map(_of_adapter, moving)):
         frozen = copy.deepcopy(policy).eval().requires_grad_(False)
@@ -613,6 +789,7 @@ def weights_digest(policy: nn.Module) -> str:
 
 def adapter_is_idle(policy: nn.Module) -> bool:
     """Whether the policy says what it would say without its adapter: it is fresh or off."""
+    check_model(policy, "policy")
     layers = [module for module in policy.modules() if isinstance(module, BaseTunerLayer)]
     off = bool(layers) and all(layer.disable_adapters for layer in layers)
     return off or (isinstance(policy, PeftModel) and _adapter_is_no_op(policy))

@@ -3,7 +3,8 @@ annotators, and strengths from counts of wins.
 
 A pair is a row with a prompt, the chosen and the rejected response, and, where they are known,
 whether it was a tie, how strong the preference was, and who gave it. A set of pairs is a
-`datasets.Dataset` with the columns that TRL's trainers read.
+`datasets.Dataset` with those columns. The prompt is a text, or a conversation as in TRL; responses
+are texts.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import math
 import os
 import random
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,13 +25,32 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Features, List, Value
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_helpers import rewards
-from rlhf_helpers._validate import finite, in_range, one_of, pair_problem, visible
+from rlhf_helpers._validate import (
+    check_list,
+    check_path,
+    check_seed,
+    check_text,
+    finite,
+    floats,
+    has,
+    in_range,
+    one_of,
+    pair_problem,
+    visible,
+)
+from rlhf_helpers.conversations import (
+    Conversation,
+    Prompt,
+    chat,
+    conversation_problem,
+    messages_of,
+)
 from rlhf_helpers.models import Cut, response_ids
 from rlhf_helpers.rollout import write
 
@@ -41,6 +62,11 @@ FEATURES = Features(
     | {"tie": Value("bool"), "strength": Value("float64"), "annotator": Value("string")}
     | {name: Value("bool") for name in _ENDED.values()}
 )
+MESSAGES = List({"role": Value("string"), "content": Value("string")})  # a column of conversations
+# what public sets say of a pair besides, of which only the scores are used
+EXTRA = ("messages", "prompt_id", "source", "score_chosen", "score_rejected")
+_HH = re.compile(r"\n\n(Human|Assistant):")  # how HH-RLHF begins a turn
+_HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 LEVELS = ("nominal", "ordinal", "interval", "ratio")
 _SHOWN = 20  # bad rows that an error lists
 _RESAMPLES = 1000
@@ -55,30 +81,51 @@ Utility = Callable[[list[str], list[str]], Sequence[float]]
 def from_rows(rows: Iterable[Mapping]) -> Dataset:
     """A data set of pairs.
 
+    Read are also the forms of public sets. In TRL's conversations prompt, chosen and rejected are
+    lists of messages, of which chosen and rejected have one, the assistant's. Without a prompt, or
+    with one as a text (UltraFeedback-binarized), chosen and rejected are whole conversations that
+    are equal but for the last message: what is equal is the prompt, and one beside it is not used.
+    In HH-RLHF they are whole conversations as one text, with "Human:" or "Assistant:" behind an
+    empty line before each turn; they become messages, without spaces at their ends.
+
+    Of the fields `EXTRA`, which such sets have besides, score_chosen − score_rejected becomes the
+    strength, in the units of the scores, where the row has none of its own; equal scores are a tie.
+    The others are left out.
+
     Args:
-        rows: each with prompt, chosen and rejected (text; only the prompt may be empty), and
-            possibly tie (bool), strength (number ≥ 0), annotator (text), and chosen_ended and
-            rejected_ended (bool; False for a response that was cut, as for a `models.Cut`); None
-            counts as missing.
+        rows: each with prompt (text or conversation), chosen and rejected (texts; only the prompt
+            may be empty), and possibly tie (bool), strength (number ≥ 0), annotator (text), and
+            chosen_ended and rejected_ended (bool; False for a response that was cut, as for a
+            `models.Cut`); None counts as missing.
     Returns: the columns prompt, chosen, rejected, and the others that any row names, with None
-        where a row does not.
+        where a row does not. If any prompt is a conversation, all are: a text becomes one message
+        of the user.
     Raises: ValueError on no rows, or one that lists the bad rows: a missing or unknown field, a
-        wrong type, an empty response, two equal responses. Spaces and line ends at the ends of a
-        response, and letters that cannot be seen, count for nothing.
+        wrong type, a conversation as in `conversations.conversation_problem`, conversations that
+        differ before their last message, a single response with a label (an unpaired set, as for
+        KTO), a chosen response with the lower score, an empty response, two equal responses. Spaces
+        and line ends at the ends of a response, and letters that cannot be seen, count for
+        nothing.
     """
+    has(rows, "rows", "a list of pairs", "__iter__")
     rows = list(rows)
     if not rows:
         raise ValueError("rows is empty; pass at least one pair")
-    checked = ((f"rows[{i}]", _problem(row)) for i, row in enumerate(rows))
-    _refuse("rows", [f"{where}: {problem}" for where, problem in checked if problem])
-    return _dataset(rows)
+    found, problems = [], []
+    for i, row in enumerate(rows):
+        try:
+            found.append(_checked(row))
+        except ValueError as error:
+            problems.append(f"rows[{i}]: {error}")
+    _refuse("rows", problems)
+    return _dataset(found)
 
 
 def read_jsonl(path: str | os.PathLike) -> Dataset:
     """The pairs of a file with one JSON object a line; `scan_jsonl` reads what is good of it.
 
     Args:
-        path: a UTF-8 file; empty lines are skipped.
+        path: a UTF-8 file of rows as `from_rows` takes them; empty lines are skipped.
     Returns: as `from_rows`.
     Raises: ValueError that lists the bad lines by number; OSError if the file cannot be read.
     """
@@ -102,14 +149,9 @@ def scan_jsonl(path: str | os.PathLike) -> tuple[Dataset, list[str]]:
         if not line.strip():
             continue
         try:
-            row = _parse(line.rstrip())
-            problem = _problem(row)
+            rows.append(_checked(_parse(line.rstrip())))
         except ValueError as error:
-            problem = str(error)
-        if problem:
-            problems.append(f"line {number}: {problem}")
-        else:
-            rows.append(row)
+            problems.append(f"line {number}: {error}")
     return _dataset(rows), problems
 
 
@@ -124,6 +166,8 @@ def write_jsonl(pairs: Iterable[Mapping], path: str | os.PathLike) -> None:
         path: an existing file is replaced.
     Raises: ValueError as `from_rows`; OSError if the folder cannot be written.
     """
+    check_path(path, "path")
+    has(pairs, "pairs", "a data set, or a list of rows", "__iter__")
     pairs = from_rows(pairs)
     path = Path(path).resolve()
     aside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -142,6 +186,13 @@ def _dataset(rows: list[Mapping]) -> Dataset:
     rows = [{**_cut_marks(row), **row} for row in rows]
     named = {name for row in rows for name in row}
     features = Features({k: v for k, v in FEATURES.items() if k in TEXTS or k in named})
+    talks = [messages_of(row["prompt"]) for row in rows]
+    if any(talk is not None for talk in talks):
+        features["prompt"] = MESSAGES
+        rows = [
+            {**row, "prompt": _two_fields(talk) if talk else chat([row["prompt"]])[0]}
+            for row, talk in zip(rows, talks, strict=True)
+        ]
     columns = {name: [row.get(name) for row in rows] for name in features}
     if "strength" in columns:
         columns["strength"] = [None if s is None else float(s) for s in columns["strength"]]
@@ -150,6 +201,10 @@ def _dataset(rows: list[Mapping]) -> Dataset:
 
 def _cut_marks(row: Mapping) -> dict[str, bool]:
     return {mark: False for side, mark in _ENDED.items() if isinstance(row[side], Cut)}
+
+
+def _two_fields(messages: Conversation) -> Conversation:
+    return [{"role": one["role"], "content": one["content"]} for one in messages]
 
 
 def _refuse(what: str, problems: list[str]) -> None:
@@ -161,6 +216,7 @@ def _refuse(what: str, problems: list[str]) -> None:
 
 
 def _lines(path: str | os.PathLike) -> Iterator[bytes]:
+    check_path(path, "path")
     # as bytes, because a line that is not UTF-8 must not hide the others
     with open(path, "rb") as file:
         for number, line in enumerate(file):
@@ -189,6 +245,87 @@ def _fields(pairs: list[tuple[str, object]]) -> dict:
     return row
 
 
+# --- forms of public sets ------------------------------------------------------------------------
+
+
+def _checked(row: object) -> Mapping:
+    """A row in this book's form. Raises: ValueError saying what is wrong with it."""
+    if isinstance(row, Mapping):
+        row = _scored(_paired(row))
+    problem = _problem(row)
+    if problem:
+        raise ValueError(problem)
+    return row
+
+
+def _paired(row: Mapping) -> Mapping:
+    """A row with its responses as texts, whatever form it had."""
+    if "completion" in row and row.get("chosen") is None and row.get("rejected") is None:
+        raise ValueError(
+            "completion is a single response; a pair needs two, chosen and rejected (an unpaired"
+            " set, as for KTO, cannot be used)"
+        )
+    sides = [row.get("chosen"), row.get("rejected")]
+    talks = [messages_of(side) for side in sides]
+    of_hh = (isinstance(side, str) and _HH.match(side) for side in sides)
+    if row.get("prompt") is None and all(of_hh):
+        talks = [_turns(side) for side in sides]
+    if None in talks:
+        return row
+    prompt, chosen, rejected = _split(row.get("prompt"), *talks)
+    return {**row, "prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _turns(text: str) -> Conversation:
+    """The messages of a conversation of HH-RLHF."""
+    _, *parts = _HH.split(text)
+    return [
+        {"role": _HH_ROLES[name], "content": content.strip()}
+        for name, content in zip(parts[::2], parts[1::2], strict=True)
+    ]
+
+
+def _split(
+    prompt: Prompt | None, chosen: Conversation, rejected: Conversation
+) -> tuple[Prompt | None, str, str]:
+    """Prompt and responses of two conversations, with or without the prompt in them."""
+    responses = []
+    for name, messages in (("chosen", chosen), ("rejected", rejected)):
+        last = messages[-1] if messages else None
+        if not isinstance(last, Mapping) or last.get("role") != "assistant":
+            raise ValueError(f"{name} does not end with a message of the assistant")
+        problem = conversation_problem([{**last, "role": "user"}])
+        if problem:
+            raise ValueError(f"the last message of {name} {problem}")
+        responses.append(last["content"])
+    before = chosen[:-1]
+    if before != rejected[:-1]:
+        raise ValueError("chosen and rejected differ before their last message")
+    given = messages_of(prompt)
+    if before and given is not None and before[: len(given)] != given:
+        raise ValueError("chosen and rejected do not begin with the prompt")
+    if isinstance(prompt, str):
+        prompt = chat([prompt])[0]
+    return before or prompt, *responses
+
+
+def _scored(row: Mapping) -> Mapping:
+    """A row without the fields that public sets have besides; scores become a strength."""
+    scores = [row.get("score_chosen"), row.get("score_rejected")]
+    found = {name: value for name, value in row.items() if name not in EXTRA}
+    if None in scores or found.get("strength") is not None:
+        return found
+    for name, score in zip(("score_chosen", "score_rejected"), scores, strict=True):
+        if isinstance(score, bool) or not isinstance(score, Real) or not math.isfinite(score):
+            raise ValueError(f"{name} is {score!r}, not a finite number")
+    if scores[0] < scores[1]:
+        raise ValueError("score_chosen is below score_rejected; exchange the two responses")
+    found["strength"] = float(scores[0]) - float(scores[1])
+    if found.get("tie") is None and found["strength"] == 0:
+        found["tie"] = True
+    return found
+
+
 def _problem(row: object) -> str | None:
     """What is wrong with a row; None if nothing is."""
     if not isinstance(row, Mapping):
@@ -199,12 +336,16 @@ def _problem(row: object) -> str | None:
     for name in TEXTS:
         if row.get(name) is None:
             return f"{name} is missing"
-    for name in (*TEXTS, "annotator"):
+    talk = messages_of(row["prompt"])
+    if talk is not None and (problem := conversation_problem(talk)):
+        return f"prompt {problem}"
+    if not all(_is_valid(one["content"]) for one in talk or ()):
+        return "prompt is not valid Unicode"
+    for name in (*TEXTS[talk is not None :], "annotator"):
         value = row.get(name)
         if value is not None and not isinstance(value, str):
             return f"{name} is a {type(value).__name__}, not a text"
-        # the file can spell half a character, which no UTF-8 can hold
-        if value is not None and value.encode("utf-8", "replace").decode() != value:
+        if value is not None and not _is_valid(value):
             return f"{name} is not valid Unicode"
         if value is not None and name != "prompt" and not visible(value):
             return f"{name} is empty"
@@ -214,6 +355,11 @@ def _problem(row: object) -> str | None:
         if not isinstance(row.get(name), bool | np.bool_ | None):
             return f"{name} is a {type(row[name]).__name__}, not true or false"
     return _strength_problem(row.get("strength"))
+
+
+def _is_valid(text: str) -> bool:
+    # a file can spell half a character, which no UTF-8 can hold
+    return text.encode("utf-8", "replace").decode() == text
 
 
 def _strength_problem(strength: object) -> str | None:
@@ -229,15 +375,15 @@ def _strength_problem(strength: object) -> str | None:
 def sample_pairs(
     policy: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     max_new_tokens: int,
     generator: torch.Generator | None = None,
-) -> tuple[list[str], list[str], list[str]]:
+) -> tuple[list[Prompt], list[str], list[str]]:
     """Two responses of the policy to each prompt, to be compared.
 
     Args:
         policy, tokenizer: as `models.load` returns them.
-        prompts: texts.
+        prompts: texts or conversations.
         max_new_tokens: the longest response.
         generator: of the sampling.
     Returns: (prompts, first, second), without the prompts whose two responses are equal, as text or
@@ -293,18 +439,19 @@ class Annotator:
     tie_threshold: float = 0.0
 
     def __post_init__(self) -> None:
+        check_text(self.name, "name")
         if not self.name.strip():
             raise ValueError("name is empty; give each annotator one")
         in_range(self.temperature, "temperature", 0.0, open_low=True)
         in_range(self.noise, "noise", 0.0, 1.0)
         in_range(self.tie_threshold, "tie_threshold", 0.0)
         for name in ("length_bias", "position_bias"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name}={getattr(self, name)} must be finite")
+            in_range(getattr(self, name), name, -math.inf)
 
 
 def crowd(temperature: float, count: int = 5) -> list[Annotator]:
     """Annotators of one temperature and without faults, each with luck of their own."""
+    in_range(count, "count", 1)
     return [Annotator(f"annotator {n + 1}", temperature) for n in range(count)]
 
 
@@ -316,7 +463,7 @@ class Annotations(NamedTuple):
 
 
 def annotate(
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     first: Sequence[str],
     second: Sequence[str],
     utility: Utility,
@@ -328,7 +475,7 @@ def annotate(
     Each annotator has a random stream of their own, so one more changes nothing about the others.
 
     Args:
-        prompts: N texts.
+        prompts: N texts or conversations.
         first: N responses, shown first.
         second: N responses to the same prompts, each different from the first, as in
             `from_rows`.
@@ -342,6 +489,7 @@ def annotate(
         of one name, utilities that are not finite.
     """
     _check_pairs(prompts, first, second, annotators)
+    check_seed(seed)
     felt = _felt(prompts, first, second, utility, annotators)
     streams = [random.Random(f"annotate {seed} {one.name}") for one in annotators]
     rows, preferences = [], []
@@ -363,7 +511,7 @@ def annotate(
 
 
 def choice_probabilities(
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     first: Sequence[str],
     second: Sequence[str],
     utility: Utility,
@@ -403,6 +551,7 @@ def ceiling(probabilities: Tensor) -> float:
     Returns: between 0.5 and 1.
     Raises: ValueError on another shape, a number outside [0, 1], sums that are not 1, ties only.
     """
+    floats(probabilities=probabilities)
     if probabilities.dim() == 0 or probabilities.shape[-1] != 3 or probabilities.numel() == 0:
         raise ValueError(
             f"probabilities has shape {tuple(probabilities.shape)}; pass [..., 3]: first, tie,"
@@ -419,7 +568,7 @@ def ceiling(probabilities: Tensor) -> float:
 
 
 def _felt(
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     first: Sequence[str],
     second: Sequence[str],
     utility: Utility,
@@ -438,7 +587,7 @@ def _felt(
 
 
 def _check_pairs(
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     first: Sequence[str],
     second: Sequence[str],
     annotators: Sequence[Annotator],
@@ -446,11 +595,15 @@ def _check_pairs(
     for name, texts in (("prompts", prompts), ("first", first), ("second", second)):
         if isinstance(texts, str):
             raise ValueError(f"{name} is one text; pass a list of texts")
+        check_list(texts, name)
     sizes = [len(prompts), len(first), len(second)]
     if len(set(sizes)) > 1 or 0 in sizes:
         raise ValueError(
             f"prompts, first and second have lengths {sizes}; pass three lists of one length"
         )
+    check_list(annotators, "annotators")
+    for index, one in enumerate(annotators):
+        has(one, f"annotators[{index}]", "an Annotator", *Annotator.__dataclass_fields__)
     names = [one.name for one in annotators]
     if not names or len(set(names)) < len(names):
         raise ValueError(
@@ -462,7 +615,9 @@ def _check_pairs(
     _refuse("first (as chosen) and second (as rejected)", problems)
 
 
-def _utilities(utility: Utility, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+def _utilities(
+    utility: Utility, prompts: Sequence[Prompt], responses: Sequence[str]
+) -> list[float]:
     values = rewards.call(utility, list(prompts), list(responses))
     # a number can be read from a text of digits, one by one
     if isinstance(values, str) or any(isinstance(value, str) for value in values):

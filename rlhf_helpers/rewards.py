@@ -3,7 +3,8 @@
 All take `(prompts, completions, **columns)` and give one number for each completion; they are
 called by these names, as TRL's trainers do, so the order is free. `columns` are what else a data
 set holds, and go unused here. They score the completion alone, so a prompt full of praise earns
-nothing. Each can be cheated, and most easily: none knows what a good text is.
+nothing. Prompts and completions are plain texts, also where a prompt is a conversation. Each can be
+cheated, and most easily: none knows what a good text is.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ import torch
 from torch import Tensor
 
 from rlhf_helpers._forward import context_of
-from rlhf_helpers._validate import in_range
+from rlhf_helpers._validate import check_list, check_text, check_texts, has, in_range
+from rlhf_helpers.conversations import Prompt, plain_text
 from rlhf_helpers.settings import Settings
 from rlhf_helpers.worlds import reviews
 
@@ -73,7 +75,7 @@ _SHOWN = 60  # characters of a completion that an error shows
 
 
 def score(
-    reward: Reward, prompts: Sequence[str], completions: Sequence[str], /, **columns: Any
+    reward: Reward, prompts: Sequence[Prompt], completions: Sequence[str], /, **columns: Any
 ) -> Tensor:
     """What a reward function says about each completion, refused if it is not one number each.
 
@@ -82,7 +84,8 @@ def score(
 
     Args:
         reward: a reward function, called as `call` says.
-        prompts: N texts; like the completions a list, a tuple, an array or a Series.
+        prompts: N texts or conversations; like the completions a list, a tuple, an array or a
+            Series.
         completions: N texts.
         columns: passed on to the reward function.
     Returns: [N], float64.
@@ -92,6 +95,8 @@ def score(
     """
     if isinstance(prompts, str) or isinstance(completions, str):
         raise ValueError("prompts and completions must be lists of texts; put one text into a list")
+    check_list(prompts, "prompts")
+    check_list(completions, "completions")
     if len(prompts) != len(completions):
         raise ValueError(
             f"prompts has {len(prompts)} texts and completions {len(completions)}; pass one prompt "
@@ -123,10 +128,11 @@ def score(
 
 
 def call(
-    reward: Reward, prompts: list[str], completions: list[str], /, **columns: Any
+    reward: Reward, prompts: Sequence[Prompt], completions: list[str], /, **columns: Any
 ) -> Sequence[float]:
     """Call a reward function by the names prompts, completions and those of the columns, as TRL's
     trainers do. Its parameters may stand in any order, and `**columns` take what it does not name.
+    It gets a conversation as the text of `conversations.plain_text`.
 
     One that calls its first two parameters something else, such as (prompts, responses), is called
     by place, prompts first.
@@ -134,6 +140,8 @@ def call(
     Returns: what it returns.
     Raises: TypeError, from Python, on a function that cannot be called so.
     """
+    if not all(isinstance(prompt, str) for prompt in prompts):
+        prompts = [plain_text(prompt, f"prompts[{i}]") for i, prompt in enumerate(prompts)]
     named = {"prompts": prompts, "completions": completions, **columns}
     try:
         signature = inspect.signature(reward)
@@ -157,6 +165,7 @@ def check_columns(
     Raises: ValueError on a column with a name under which reward functions get something else,
         or on one text in place of a column.
     """
+    has(columns, "columns", "a dictionary from name to list", "items")
     for name, values in columns.items():
         if name in taken:
             raise ValueError(
@@ -194,6 +203,7 @@ def _told(value: Any) -> str:
 
 def word_count(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
     """The number of words of each completion. Punctuation is no word; "don't" is one."""
+    check_texts(completions=completions)
     return [float(len(_words(text))) for text in completions]
 
 
@@ -202,6 +212,7 @@ def sentiment_words(prompts: list[str], completions: list[str], **columns: Any) 
 
     Blind to negation: "not good" counts 1.
     """
+    check_texts(completions=completions)
     return [float(sum(map(_polarity, _words(text)))) for text in completions]
 
 
@@ -215,6 +226,7 @@ def negation_aware(prompts: list[str], completions: list[str], **columns: Any) -
     Source: Pang, Lee and Vaithyanathan 2002, "Thumbs up? Sentiment Classification using Machine
         Learning Techniques" (negation up to the next punctuation mark).
     """
+    check_texts(completions=completions)
     return [float(sum(map(_turned, re.split(r"[.,;:!?…()—\n]", text)))) for text in completions]
 
 
@@ -225,6 +237,7 @@ def repetition(prompts: list[str], completions: list[str], **columns: Any) -> li
     between them. 0 if none comes twice, also in a text too short to have one; close to −1 for one
     phrase over and over.
     """
+    check_texts(completions=completions)
     return [_repeated(_words(text)) for text in completions]
 
 
@@ -274,6 +287,7 @@ def relevance(prompts: list[str], completions: list[str], **columns: Any) -> lis
 
     Raises: ValueError on lists of unequal length.
     """
+    check_texts(prompts=prompts, completions=completions)
     found = []
     for prompt, completion in zip(prompts, completions, strict=True):
         asked = {_singular(word) for word in _words(prompt) if not _is_stop_word(word)}
@@ -344,6 +358,7 @@ def vader(prompts: list[str], completions: list[str], **columns: Any) -> list[fl
     Source: Hutto and Gilbert 2014, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis
         of Social Media Text".
     """
+    check_texts(completions=completions)
     return [_analyser().polarity_scores(text[:VADER_READS])["compound"] for text in completions]
 
 
@@ -378,6 +393,7 @@ def classifier(
         other, no token to pad with, or scores that change with the padding.
     """
     in_range(batch_size, "batch_size", 1)
+    check_text(label, "label")
     model, tokenizer = _load_classifier(name)
     index = _label_index(model.config, label)
     model.to(device).eval()
@@ -512,6 +528,7 @@ def true_utility(run: Settings) -> Reward:
 
     Raises: as `classifier`.
     """
+    has(run, "run", "the settings, as settings.load returns them", "classifier", "device")
     if not run.classifier:
         return reviews.quality
     return classifier(run.classifier, "POSITIVE", run.device)

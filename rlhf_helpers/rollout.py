@@ -27,9 +27,19 @@ from rlhf_helpers._forward import (
     say_without_cache,
     vocabulary_of,
 )
-from rlhf_helpers._validate import in_range, same_shape, zero_or_one
+from rlhf_helpers._validate import (
+    check_generator,
+    check_model,
+    check_tokenizer,
+    has,
+    in_range,
+    integers,
+    same_shape,
+    zero_or_one,
+)
+from rlhf_helpers.conversations import Prompt
 from rlhf_helpers.logprobs import token_log_probs
-from rlhf_helpers.models import Cut, decode, encode_prompts
+from rlhf_helpers.models import Cut, decode, encode_prompts, turn_end
 
 
 class Rollout(NamedTuple):
@@ -92,7 +102,7 @@ def sample(
     _check_numbers(max_new_tokens, temperature, top_k, top_p, samples_per_prompt)
     _check_prompts(model, prompt_tokens, prompt_mask, max_new_tokens)
     ends = _end_tokens(model, eos_token_id, pad_token_id, prompt_tokens.device)
-    _check_generator(generator, prompt_tokens.device)
+    check_generator(generator, prompt_tokens.device)
     prompts, width = (prompt_tokens, prompt_mask.long()), prompt_tokens.shape[1]
     tokens, mask = (
         pad(each.repeat_interleave(samples_per_prompt, dim=0), (0, max_new_tokens), value=value)
@@ -123,7 +133,7 @@ def sample(
 def write(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     max_new_tokens: int,
     **how: Any,
 ) -> list[str]:
@@ -131,13 +141,14 @@ def write(
 
     Args:
         model, tokenizer: as `models.load` returns them.
-        prompts: B texts.
+        prompts: B texts or conversations.
         max_new_tokens: at most so many a completion.
         how: temperature, top_k, top_p, samples_per_prompt and generator, as in `sample`.
     Returns: B · samples_per_prompt texts without the prompts; those of one prompt are neighbours.
         One without an end is a `models.Cut`.
     Raises: as `sample`, and ValueError as `models.encode_prompts`.
     """
+    check_model(model)
     tokens, mask = encode_prompts(tokenizer, prompts, next(model.parameters()).device)
     ends, filler = end_tokens(model, tokenizer), tokenizer.pad_token_id
     rollout = sample(
@@ -147,20 +158,23 @@ def write(
 
 
 def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """All tokens that end a completion: the tokenizer's, and those of the model's settings for
-    generation, of which chat models have several. Those that the model has no row for are left
-    out."""
+    """All tokens that end a completion: the tokenizer's, those of the model's settings for
+    generation, of which chat models have several, and the end of a turn in the chat template. Those
+    that the model has no row for are left out."""
+    check_model(model)
+    check_tokenizer(tokenizer)
     base = language_model(model)
     settings = getattr(base, "generation_config", None) or base.config
     ends = getattr(settings, "eos_token_id", None)
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     rows = vocabulary_of(model) or float("inf")
-    both = [tokenizer.eos_token_id, *ends]
-    return list(dict.fromkeys(end for end in both if end is not None and 0 <= end < rows))
+    ends = [tokenizer.eos_token_id, *ends, turn_end(tokenizer)]
+    return list(dict.fromkeys(end for end in ends if end is not None and 0 <= end < rows))
 
 
 def ended(rollout: Rollout, ends: Sequence[int]) -> Tensor:
     """Whether each completion came to one of the end tokens, [N]."""
+    has(rollout, "rollout", "a Rollout, as sample returns it", *Rollout._fields)
     completions = rollout.tokens[:, rollout.prompt_length :]
     found = torch.isin(completions, torch.tensor(ends, dtype=torch.long, device=completions.device))
     return (found & rollout.completion_mask).any(1)
@@ -185,6 +199,8 @@ def _check_numbers(
 
 
 def _check_prompts(model: nn.Module, tokens: Tensor, mask: Tensor, max_new_tokens: int) -> None:
+    check_model(model)
+    integers(prompt_tokens=tokens)
     if tokens.dim() != 2 or tokens.numel() == 0:
         raise ValueError(
             f"prompt_tokens has shape {tuple(tokens.shape)}; pass [prompts, tokens] with at least "
@@ -224,14 +240,6 @@ def _end_tokens(
     ends = torch.as_tensor(ends, dtype=torch.long, device=device).reshape(-1)
     check_vocabulary(model, ends, "eos_token_id")
     return ends
-
-
-def _check_generator(generator: torch.Generator | None, device: torch.device) -> None:
-    if generator is not None and generator.device.type != device.type:
-        raise ValueError(
-            f"generator is on {generator.device}, the model on {device}; "
-            f"make it with torch.Generator({str(device)!r})"
-        )
 
 
 def _check_logits(logits: Tensor, rows: Tensor, step: int) -> None:

@@ -44,10 +44,11 @@ from trl import (
     SFTTrainer,
 )
 
-from rlhf_helpers import models, rewards, settings
-from rlhf_helpers._validate import in_range, one_of
+from rlhf_helpers import conversations, models, rewards, settings
+from rlhf_helpers._validate import check_list, check_model, check_path, has, in_range, one_of
 from rlhf_helpers.algorithms import dpo, grpo, reward_model, sft
 from rlhf_helpers.algorithms._loop import steps_per_epoch
+from rlhf_helpers.rollout import end_tokens
 from rlhf_helpers.worlds import arithmetic
 
 CONFIGS = Path(__file__).parent / "assets" / "accelerate"
@@ -88,6 +89,7 @@ def share(total: int, name: str) -> int:
 
     Raises: ValueError if the processes cannot share it equally.
     """
+    in_range(total, name, 1)
     count = processes()
     if total % count:
         raise ValueError(
@@ -178,13 +180,20 @@ def _only(value: str, known: Sequence[str], name: str) -> None:
 
 
 class _GRPOTrainer(GRPOTrainer):
-    def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict]:
+    def _tokenize_prompts(
+        self, prompts: list[conversations.Prompt]
+    ) -> tuple[list[list[int]], None, dict]:
         return models.prompt_ids(self.processing_class, prompts), None, {}
 
     def _calculate_rewards(
-        self, inputs: list, prompts: list[str], completions: list[str], ids: list[list[int]]
+        self,
+        inputs: list,
+        prompts: list[conversations.Prompt],
+        completions: list,
+        ids: list[list[int]],
     ) -> torch.Tensor:
         texts = [_text(self.processing_class, row, self.eos_token_ids) for row in ids]
+        prompts = [conversations.plain_text(prompt) for prompt in prompts]
         return super()._calculate_rewards(inputs, prompts, texts, ids)
 
 
@@ -203,7 +212,7 @@ def _text(tokenizer: Tokenizer, ids: list[int], ends: Sequence[int]) -> str:
 def grpo_trainer(
     policy: nn.Module,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[conversations.Prompt],
     reward: rewards.Reward,
     config: grpo.Config,
     columns: Mapping[str, Sequence] | None = None,
@@ -221,17 +230,20 @@ def grpo_trainer(
 
     Args:
         policy, tokenizer, prompts, reward, config, columns: as in `grpo.train`; dropout is switched
-            off as in `without_dropout`.
+            off as in `without_dropout`. Prompts are all texts or all conversations, which TRL gets
+            as such; the end of a turn then joins the end tokens of the policy's settings.
         held_out: columns "prompt" and the others, of prompts that TRL evaluates on.
         folder, options: as in `grpo_arguments`.
     Raises: ValueError as `grpo_arguments` or `without_dropout`; on prompts or columns that do not
-        fit, or a column with a name of `TAKEN`; on prompts of unequal length for a model that
-        counts positions; with a price on KL, on a policy that is not the one that its name stands
-        for, since TRL loads the reference by that name.
+        fit, texts among conversations, or a column with a name of `TAKEN`; on prompts of unequal
+        length for a model that counts positions; with a price on KL, on a policy that is not the
+        one that its name stands for, since TRL loads the reference by that name.
     """
     columns, held_out = _plain(columns, TAKEN), _plain(held_out, TAKEN[1:])
     prompts = rewards.plain(prompts)
     grpo.check(config, prompts, columns, None)
+    _check_one_kind(prompts, "prompts")
+    _check_one_kind((held_out or {}).get("prompt", ()), "held_out['prompt']")
     lengths = list(map(len, models.prompt_ids(tokenizer, prompts)))
     if min(lengths) < max(lengths) and _minds_padding(policy, tokenizer):
         raise ValueError(
@@ -239,11 +251,14 @@ def grpo_trainer(
             f" left-padded prompts no position ids, which a {type(policy).__name__} needs; pass"
             " prompts of one length"
         )
+    if models.turn_end(tokenizer) is not None:
+        # TRL looks there for what ends a completion
+        policy.generation_config.eos_token_id = end_tokens(policy, tokenizer)
     trainer = _GRPOTrainer(
         without_dropout(policy),
         reward,
         grpo_arguments(config, folder, **options),
-        train_dataset=Dataset.from_dict({"prompt": list(prompts)} | columns),
+        train_dataset=Dataset.from_dict({"prompt": _as_given(prompts)} | columns),
         eval_dataset=Dataset.from_dict(held_out) if held_out else None,
         processing_class=tokenizer,
     )
@@ -258,6 +273,22 @@ def _plain(columns: Mapping[str, Sequence] | None, taken: Sequence[str]) -> dict
     return {
         name: list(map(rewards.plain, rewards.plain(values))) for name, values in columns.items()
     }
+
+
+def _as_given(prompts: Sequence[conversations.Prompt]) -> list[conversations.Prompt]:
+    talks = map(conversations.messages_of, prompts)
+    return [one if talk is None else talk for one, talk in zip(prompts, talks, strict=True)]
+
+
+def _check_one_kind(prompts: Sequence[conversations.Prompt], name: str) -> None:
+    """A column of a data set holds one type."""
+    talks = [conversations.messages_of(prompt) is not None for prompt in prompts]
+    if len(set(talks)) > 1:
+        other = talks.index(not talks[0])
+        raise ValueError(
+            f"{name} holds conversations and texts, {name}[{other}] being the first of the other"
+            " kind; make conversations of the texts with conversations.chat"
+        )
 
 
 def _check_reference(trainer: GRPOTrainer, policy: nn.Module) -> None:
@@ -357,6 +388,7 @@ def without_dropout(model: nn.Module) -> nn.Module:
 
     Raises: ValueError if two passes in training mode still differ.
     """
+    check_model(model)
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
@@ -459,8 +491,10 @@ def hard_pairs(data: Sequence[reward_model.Comparison]) -> list[dict[str, Any]]:
 
     Raises: ValueError on a comparison of another size or with a weight, and where nothing is left.
     """
+    check_list(data, "data")
     rows = []
     for index, one in enumerate(data):
+        has(one, f"data[{index}]", "a Comparison", *reward_model.Comparison._fields)
         if isinstance(one.responses, str) or len(one.responses) != 2 or one.weight != 1.0:
             raise ValueError(f"data[{index}] must compare two responses with weight 1")
         if one.preference != 0.5:
@@ -543,6 +577,7 @@ def check_config(path: str | Path) -> dict[str, str]:
     Returns: the environment variables that the processes would be given.
     Raises: FileNotFoundError; ValueError naming the keys that are not known, or from accelerate.
     """
+    check_path(path, "path")
     # here alone, since parts of it are not public and may move
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
@@ -582,7 +617,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line of a run, checked."""
     default = grpo.Config()
     parser = argparse.ArgumentParser(prog="rlhf_helpers.scale_out", description=main.__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the result")
+    kept = "folder of the result; no checkpoint is kept"
+    parser.add_argument("--output", type=Path, required=True, help=kept)
     parser.add_argument("--model", default=settings.TINY_ARITHMETIC, help="name or folder")
     parser.add_argument("--level", type=int, default=3, help="of the problems, 1 to 4")
     parser.add_argument("--steps", type=int, default=100, help="updates")

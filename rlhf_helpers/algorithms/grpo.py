@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from rlhf_helpers import checkpoint, models, rewards
+from rlhf_helpers import checkpoint, conversations, models, rewards
 from rlhf_helpers._validate import all_equal, in_range, one_of
 from rlhf_helpers.advantages import (
     ADVANTAGE_SCALES,
@@ -435,7 +435,7 @@ def start(policy: nn.Module, tokenizer: Tokenizer, config: Config) -> Run:
 def train(
     policy: nn.Module,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[conversations.Prompt],
     reward: rewards.Reward,
     config: Config,
     columns: Mapping[str, Sequence] | None = None,
@@ -448,7 +448,8 @@ def train(
     Args:
         policy: a causal language model, LoRA or not.
         tokenizer: its tokenizer, as `models.load` returns it.
-        prompts: texts; each iteration takes the next ones in an order that changes with every pass.
+        prompts: texts or conversations; each iteration takes the next ones in an order that changes
+            with every pass.
         reward: a reward function.
         config: the settings.
         columns: further columns, as long as `prompts`, that the reward function is given, e.g. the

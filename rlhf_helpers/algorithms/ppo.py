@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from rlhf_helpers import checkpoint, models, rewards
+from rlhf_helpers import checkpoint, conversations, models, rewards
 from rlhf_helpers._forward import checked_mask, completion_states
 from rlhf_helpers._validate import as_float, in_range, one_of
 from rlhf_helpers.advantages import discounted_returns, gae, leave_one_out_advantages
@@ -468,7 +468,7 @@ def start(
 def train(
     policy: nn.Module,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[conversations.Prompt],
     reward: rewards.Reward,
     config: Config,
     value_model: nn.Module | None = None,
@@ -483,7 +483,8 @@ def train(
         policy: a causal language model, LoRA or not, as it should be at the start; it is the
             reference too.
         tokenizer: its tokenizer, as `models.load` returns it.
-        prompts: texts; each iteration takes the next ones in an order that changes with every pass.
+        prompts: texts or conversations; each iteration takes the next ones in an order that changes
+            with every pass.
         reward: a reward function.
         config: the settings.
         value_model: see `start`.

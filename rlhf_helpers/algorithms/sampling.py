@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from rlhf_helpers import models, rewards
+from rlhf_helpers import conversations, models, rewards
 from rlhf_helpers.algorithms.sft import check_lengths
 from rlhf_helpers.logprobs import completion_log_probs
 from rlhf_helpers.rollout import Rollout, end_tokens, ended, sample, texts_of, write
@@ -31,7 +31,7 @@ class Responses(NamedTuple):
 def respond(
     policy: nn.Module,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[conversations.Prompt],
     reward: rewards.Reward,
     generator: torch.Generator,
     samples_per_prompt: int,
@@ -39,7 +39,7 @@ def respond(
     temperature: float = 1.0,
     columns: Mapping[str, Sequence] | None = None,
 ) -> Responses:
-    """Sample completions of each prompt, and score them.
+    """Sample completions of each prompt, a text or a conversation, and score them.
 
     Raises: ValueError as `rewards.score`.
     """
@@ -63,7 +63,10 @@ def respond(
 
 
 def check_prompt_lengths(
-    policy: nn.Module, tokenizer: Tokenizer, prompts: Sequence[str], max_new_tokens: int
+    policy: nn.Module,
+    tokenizer: Tokenizer,
+    prompts: Sequence[conversations.Prompt],
+    max_new_tokens: int,
 ) -> None:
     """Refuse prompts that are too long, before anything is sampled.
 
@@ -89,7 +92,7 @@ def evaluate(
     policy: nn.Module,
     reference: nn.Module,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[conversations.Prompt],
     judges: Mapping[str, rewards.Reward],
     config: Any,
     seed: int = 0,
@@ -98,7 +101,7 @@ def evaluate(
 
     Args:
         policy, reference: causal language models; for a LoRA policy, another copy as reference.
-        prompts: texts, best some that were never trained on.
+        prompts: texts or conversations, best some that were never trained on.
         judges: reward functions by name.
         config: samples_per_prompt, max_new_tokens and temperature are used, of `ppo.Config` or
             another.

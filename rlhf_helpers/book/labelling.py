@@ -27,7 +27,8 @@ try:
 except ImportError:  # Windows: one session at a time
     fcntl = None
 
-from rlhf_helpers._validate import pair_problem
+from rlhf_helpers._validate import check_path, check_seed, has, in_range, one_of, pair_problem
+from rlhf_helpers.conversations import Conversation, Prompt, messages_of, plain_text
 
 ANSWERS = ("a", "b", "tie", "skip")
 _START = b'{"pair": "'
@@ -37,7 +38,7 @@ class Item(NamedTuple):
     """A pair as it is shown."""
 
     pair: str  # a hash of the three texts, the same whichever response comes first
-    prompt: str
+    prompt: Prompt
     a: str
     b: str
 
@@ -50,7 +51,8 @@ class Session:
     can share a file; each is asked all the pairs.
 
     Args:
-        pairs: (prompt, response, other response), texts; only the prompt may be empty.
+        pairs: (prompt, response, other response), texts; only the prompt may be empty, or be a
+            conversation.
         path: the file of answers; made if there is none.
         seed: with the annotator and a pair's place in the list it decides which response is A.
         annotator: name of who answers.
@@ -70,6 +72,9 @@ class Session:
     ) -> None:
         if not isinstance(annotator, str) or not annotator.strip():
             raise ValueError(f"annotator={annotator!r} is no name; pass a text that is not empty")
+        check_seed(seed)
+        has(pairs, "pairs", "a list of (prompt, response, other response)", "__iter__")
+        check_path(path, "path")
         self.annotator = annotator
         # a notebook may change its folder later
         self.path = Path(path).absolute()
@@ -102,8 +107,10 @@ class Session:
         Raises: ValueError on an unknown answer or a pair of another list; OSError if it could not
             be saved.
         """
-        if answer not in ANSWERS:
-            raise ValueError(f"answer={answer!r} is unknown; use one of {', '.join(ANSWERS)}")
+        one_of(answer, ANSWERS, "answer")
+        has(item, "item", "what next() returned", "pair")
+        if seconds is not None:
+            in_range(seconds, "seconds", 0.0)
         if self.items.get(item.pair) != item:
             raise ValueError("item is not one of the session's pairs; pass what next() returned")
         shown = {"prompt": item.prompt, "a": item.a, "b": item.b}
@@ -167,6 +174,7 @@ def _items(pairs: Iterable[Sequence[str]], seed: int, annotator: str) -> dict[st
         if problem:
             raise ValueError(f"pairs[{index}] {problem}")
         prompt, *responses = pair
+        prompt = _messages(prompt) or prompt
         name = _name(prompt, responses)
         if name in items:
             raise ValueError(
@@ -184,16 +192,30 @@ def _problem(pair: object) -> str | None:
     """What is wrong with a pair; None if nothing is."""
     if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 3:
         return f"is a {type(pair).__name__}; pass (prompt, response, other response)"
-    if not all(isinstance(text, str) for text in pair):
+    try:
+        messages = _messages(pair[0])
+    except ValueError as error:
+        return f"cannot be shown: {error}"
+    texts = [*pair[messages is not None :], *(one["content"] for one in messages or ())]
+    if not all(isinstance(text, str) for text in texts):
         return "holds something other than text; pass three texts"
-    if any(text.encode("utf-8", "replace").decode() != text for text in pair):
+    if any(text.encode("utf-8", "replace").decode() != text for text in texts):
         return "holds half a character; pass valid Unicode"
     # what cannot be seen nobody could choose by
     problem = pair_problem(*pair[1:])
     return problem and f"{problem}; leave the pair out"
 
 
-def _name(prompt: str, responses: Sequence[str]) -> str:
+def _messages(prompt: object) -> Conversation | None:
+    """The messages of a prompt that is a conversation. Raises: ValueError if it is not a sound
+    one."""
+    if type(prompt) is str:
+        return None
+    plain_text(prompt)
+    return messages_of(prompt)
+
+
+def _name(prompt: Prompt, responses: Sequence[str]) -> str:
     text = json.dumps([prompt, *sorted(responses)])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -246,7 +268,8 @@ def _parse(line: bytes) -> dict | None:
         record = json.loads(line)
         answer = record["answer"]
         needed = ["pair", "annotator"] + ["prompt", "a", "b"] * (answer != "undo")
-        texts = all(isinstance(record[name], str) for name in needed)
+        kinds = {"prompt": str | list}  # a conversation is a list
+        texts = all(isinstance(record[name], kinds.get(name, str)) for name in needed)
         known = answer in (*ANSWERS, "undo") and isinstance(record["seconds"], float | int | None)
     except (ValueError, TypeError, LookupError, RecursionError):
         return None
@@ -386,7 +409,8 @@ def _page(item: Item | None, done: int, total: int, notice: str, step: int) -> s
         body = '<p class="rlhf-done">All pairs are answered. Thank you.</p>'
     else:
         prompt = (
-            f'<h4>Prompt</h4><div class="rlhf-text" dir="auto">{html.escape(item.prompt)}</div>'
+            '<h4>Prompt</h4><div class="rlhf-text" dir="auto">'
+            f"{html.escape(_shown(item.prompt))}</div>"
         )
         cards = "".join(
             f'<section class="rlhf-card rlhf-card-{name.lower()}"><h4>{name}</h4>'
@@ -395,6 +419,17 @@ def _page(item: Item | None, done: int, total: int, notice: str, step: int) -> s
         )
         body = f'<section class="rlhf-prompt">{prompt}</section><div class="rlhf-two">{cards}</div>'
     return (_notice(notice, step) if notice else _step(step)) + bar + body
+
+
+def _shown(prompt: Prompt) -> str:
+    """A prompt as it is read: of a conversation each message behind who said it, unless there is
+    but one."""
+    messages = _messages(prompt)
+    if messages is None:
+        return prompt
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n\n".join(f"{one['role']}: {one['content']}" for one in messages)
 
 
 def _notice(text: str, step: int) -> str:

@@ -30,6 +30,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from rlhf_helpers._validate import check_path, check_text, has
+
 try:
     import fcntl
 except ImportError:  # not on Windows
@@ -88,6 +90,7 @@ def folder_for(name: str) -> Path:
     Returns: a path; nothing is created.
     Raises: ValueError if `name` is empty or more than one name.
     """
+    check_text(name, "name")
     if Path(name).name != name or name in ("", ".."):
         raise ValueError(f"name={name!r} must be the name of one folder, without slashes")
     return (_DRIVE / "rlhf_helpers" if _DRIVE.is_dir() else Path("checkpoints")) / name
@@ -97,7 +100,9 @@ def save(folder: str | os.PathLike, step: int, state: dict, identity: dict) -> P
     """Write a checkpoint, and then delete all but the last two of this run.
 
     Killed at any moment, a run has either the new checkpoint or still those before it. What
-    interrupted writes have left in the folder is deleted first.
+    interrupted writes have left in the folder is deleted first. So the disk holds three for the
+    time of a write; memory holds the state twice more for a moment, and once more while it is
+    written.
 
     Args:
         folder: of one run, made if it is not there.
@@ -114,6 +119,7 @@ def save(folder: str | os.PathLike, step: int, state: dict, identity: dict) -> P
         is being written by another process. OSError if the disk is full; what was there before is
         untouched.
     """
+    check_path(folder, "folder")
     folder = Path(folder)
     if type(step) is not int or step < 0:
         raise ValueError(f"step={step!r} must be an int of at least 0")
@@ -125,6 +131,7 @@ def save(folder: str | os.PathLike, step: int, state: dict, identity: dict) -> P
         "state": _encode(state, "state", stored),
     }
     data = safetensors.torch.save(dict(stored.values()))
+    stored.clear()  # the bytes are enough
     content["tensors"] = {"bytes": len(data), "sha256": _sha256(data)}
     text = _render(content)
 
@@ -160,6 +167,8 @@ def load(folder: str | os.PathLike, identity: dict) -> Checkpoint | None:
     Raises: AnotherRun (a ValueError) if the checkpoint belongs to a run of another identity, naming
         what differs; ValueError if there are checkpoints and none is good.
     """
+    check_path(folder, "folder")
+    has(identity, "identity", "a dictionary", "items", "get")
     folder = Path(folder)
     refused = []
     for path in reversed(_steps(folder)):
@@ -191,6 +200,8 @@ def begin(folder: str | os.PathLike, start: str) -> None:
         folder: of one run, made if it is not there.
         start: a name of the weights that it starts with.
     """
+    check_path(folder, "folder")
+    check_text(start, "start")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
@@ -201,6 +212,7 @@ def begin(folder: str | os.PathLike, start: str) -> None:
 
 def started(folder: str | os.PathLike) -> str | None:
     """What `begin` has noted of a run that has no checkpoint yet, or None."""
+    check_path(folder, "folder")
     try:
         return json.loads((Path(folder) / _START).read_text())
     except (OSError, ValueError):

@@ -8,8 +8,8 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ def identity_of(
     config: Any,
     policy: nn.Module,
     tokenizer: Any,
-    reward: Callable,
+    reward: Callable | None,
     data: Mapping[str, Any],
     value_model: nn.Module | None = None,
 ) -> dict[str, Any]:
@@ -70,8 +70,8 @@ def identity_of(
         config: a dataclass of settings.
         policy: as it is at the start.
         tokenizer, value_model: as `train` gets them.
-        reward: known by its name.
-        data: prompts and columns by name.
+        reward: known by its name; None where nothing is scored.
+        data: prompts and columns, or examples, by name.
     Raises: ValueError as `digest`, naming the entry of `data`.
     """
     found: dict[str, Any] = {"config": asdict(config)}
@@ -81,7 +81,7 @@ def identity_of(
         except (ValueError, TypeError) as error:
             raise ValueError(f"{name}: {error}") from error
     return found | {
-        "reward": name_of(reward),
+        "reward": None if reward is None else name_of(reward),
         "model": model_settings(policy),
         "value model": None if value_model is None else _value_model(value_model),
         "tokenizer": _tokenizer(tokenizer),
@@ -179,21 +179,92 @@ def _tokenizer(tokenizer: Any) -> dict[str, Any]:
         found["rules"] = digest({k: rules[k] for k in rules if k not in ("padding", "truncation")})
     elif hasattr(tokenizer, "get_vocab"):
         found["rules"] = digest(sorted(tokenizer.get_vocab().items()))
+    if getattr(tokenizer, "chat_template", None):
+        found["chat template"] = digest(tokenizer.chat_template)
     return found
 
 
 # --- a run that goes on --------------------------------------------------------------------------
 
 
-def look_for(folder: str | os.PathLike, identity: dict[str, Any]) -> checkpoint.Checkpoint | None:
+class Kept(NamedTuple):
+    """What a loop keeps of itself, and where; nothing without a folder."""
+
+    folder: str | os.PathLike | None
+    save_every: int  # steps from one checkpoint to the next
+    identity: dict[str, Any]
+    found: checkpoint.Checkpoint | None  # what the run goes on from
+
+
+@dataclass
+class Progress:
+    """What changes from one step to the next beside the weights, in a loop that needs no more."""
+
+    optimizer: torch.optim.Optimizer
+    sampling: torch.Generator | None = None  # on the model's device
+    order: torch.Generator | None = None
+    history: list = field(default_factory=list)
+
+
+def look_up(
+    folder: str | os.PathLike | None,
+    save_every: int,
+    config: Any,
+    model: nn.Module,
+    tokenizer: Any,
+    data: Mapping[str, Any],
+    reward: Callable | None = None,
+    value_model: nn.Module | None = None,
+    name: str = "policy",
+) -> Kept:
+    """Which run this is, and what it goes on from; to be called before anything is made of the
+    model.
+
+    Args:
+        folder, save_every: as `train` gets them.
+        config, model, tokenizer, data, reward, value_model: as in `identity_of`.
+        name: what messages call the model.
+    Raises: ValueError as `identity_of` and `look_for`, with a folder alone.
+    """
+    if folder is None:
+        return Kept(None, save_every, {}, None)
+    identity = identity_of(config, model, tokenizer, reward, data, value_model)
+    return Kept(folder, save_every, identity, look_for(folder, identity, name))
+
+
+def go_on(
+    kept: Kept, run: Any, weights: Any, metrics: type, **further: Any
+) -> tuple[Kept, dict[str, Any]]:
+    """Put a run where its checkpoint was, if there is one, and note what it started with.
+
+    Args: run, weights, metrics, further: as in `restore`.
+    Returns: `kept` without the checkpoint, which takes memory; and `further` as it is now.
+    """
+    if kept.found is not None:
+        restore(run, weights, kept.found, metrics, **further)
+        further = {name: kept.found.state[name] for name in further}
+    if kept.folder is not None:
+        checkpoint.begin(kept.folder, kept.identity["start"])
+    return kept._replace(found=None), further
+
+
+def keep(kept: Kept, step: int, last: int, state: Callable[[], dict[str, Any]]) -> None:
+    """Write a checkpoint if one is due after this step, of which there are `last`."""
+    if kept.folder is not None and (step % kept.save_every == 0 or step == last):
+        checkpoint.save(kept.folder, step, state(), kept.identity)
+
+
+def look_for(
+    folder: str | os.PathLike, identity: dict[str, Any], name: str = "policy"
+) -> checkpoint.Checkpoint | None:
     """The checkpoint that a run goes on from, or None at its beginning.
 
-    Raises: ValueError as `checkpoint.load`; or if the policy is not the one that the run in this
-        folder was started with, as after an interruption, when it is half trained.
+    Raises: ValueError as `checkpoint.load`; or if the model, called `name`, is not the one that
+        the run in this folder was started with, as after an interruption, when it is half trained.
     """
     anew = (
-        f"the weights of the policy are not those that the run in {folder} was started with; if"
-        " they were trained in the meantime, load the policy anew, as it was at the start, and run"
+        f"the weights of the {name} are not those that the run in {folder} was started with; if"
+        f" they were trained in the meantime, load the {name} anew, as it was at the start, and run"
         " this again: it then goes on"
     )
     try:
@@ -214,18 +285,23 @@ def state_of(run: Any, weights: Any, **further: Any) -> dict[str, Any]:
     """What a checkpoint keeps of a run: trained weights, optimizer, generators and history.
 
     Args:
-        run: with optimizer, sampling, order and history.
+        run: with optimizer, sampling, order and history, as `Progress`.
         weights: what is trained, by name, nested as you like.
         further: what else the algorithm needs to go on.
     """
+    drawn = {"sampling": run.sampling, "order": run.order}
     return {
         "weights": weights,
         "optimizer": run.optimizer.state_dict(),
-        "sampling": run.sampling.get_state(),
-        "order": run.order.get_state(),
+        **{name: luck.get_state() for name, luck in drawn.items() if luck is not None},
         "metrics": list(run.history[0]._fields) if run.history else [],
-        "history": [list(metrics) for metrics in run.history],
+        "history": [_row(metrics) for metrics in run.history],
     } | further
+
+
+def _row(metrics: Any) -> list:
+    """Metrics as a list; those within it, as of held-out pairs, as a tuple."""
+    return [tuple(value) if isinstance(value, tuple) else value for value in metrics]
 
 
 @torch.no_grad()
@@ -234,27 +310,29 @@ def restore(
 ) -> None:
     """Put back what `state_of` kept, apart from `further`; metrics is the type of the history.
 
-    Args: run, weights, further: as in `state_of`, of the run before its first iteration.
+    Args: run, weights, further: as in `state_of`, of the run before its first iteration. Metrics
+        within metrics have the type that the hint of their field names.
     Raises: ValueError if the state is laid out otherwise, as that of another version of this
         package may be. Nothing is put back then.
     """
     here = state_of(run, weights, **further) | {"metrics": list(metrics._fields)}
-    problem = _layout_problem(found.state, here, run.optimizer)
+    problem = _layout_problem(found.state, here, run.optimizer, metrics)
     if problem:
         raise ValueError(
             f"checkpoint of step {found.step}: {problem}, so it was written by another version of"
             " this package or for another device; go on with that one, or pass another folder"
         )
-    history = [metrics(*values) for values in found.state["history"]]
-    run.sampling.set_state(found.state["sampling"])
-    run.order.set_state(found.state["order"])
+    history = [_metrics(metrics, row) for row in found.state["history"]]
+    for name in ("sampling", "order"):
+        if getattr(run, name) is not None:
+            getattr(run, name).set_state(found.state[name])
     run.optimizer.load_state_dict(found.state["optimizer"])
     _copy(weights, found.state["weights"])
     run.history = history
 
 
 def _layout_problem(
-    state: Any, here: dict[str, Any], optimizer: torch.optim.Optimizer
+    state: Any, here: dict[str, Any], optimizer: torch.optim.Optimizer, metrics: type
 ) -> str | None:
     """In what a stored state is not made as that of this run, in words; None if in nothing."""
     if not isinstance(state, dict):
@@ -265,7 +343,7 @@ def _layout_problem(
     there = {name: None if name in apart else value for name, value in state.items()}
     return (
         _difference(there, here | dict.fromkeys(apart), "state")
-        or _history_problem(state["history"], len(here["metrics"]))
+        or _history_problem(state["history"], _inner(metrics))
         or _optimizer_problem(state["optimizer"], here["optimizer"], optimizer)
     )
 
@@ -287,12 +365,32 @@ def _difference(there: Any, here: Any, where: str) -> str | None:
     return None
 
 
-def _history_problem(history: Any, width: int) -> str | None:
+def _metrics(metrics: type, row: list) -> Any:
+    """What `_row` made a list of."""
+    kinds = zip(row, _inner(metrics), strict=True)
+    return metrics(*(kind(*one) if isinstance(one, tuple) else one for one, kind in kinds))
+
+
+def _inner(metrics: type) -> list[type | None]:
+    """Of each field of metrics the type of the metrics within it, or None if it is a number."""
+    hints = get_type_hints(metrics)
+    choices = [(hints[name], *get_args(hints[name])) for name in metrics._fields]
+    return [next((t for t in some if hasattr(t, "_fields")), None) for some in choices]
+
+
+def _history_problem(history: Any, inner: list[type | None]) -> str | None:
     if not isinstance(history, list):
         return f"state['history'] is a {type(history).__name__}"
     for index, row in enumerate(history):
-        if not isinstance(row, list) or len(row) != width:
-            return f"state['history'][{index}] is no list of {width} numbers"
+        where = f"state['history'][{index}]"
+        if not isinstance(row, list) or len(row) != len(inner):
+            return f"{where} is no list of {len(inner)} numbers"
+        for place, (value, kind) in enumerate(zip(row, inner, strict=True)):
+            width = 0 if kind is None else len(kind._fields)
+            if isinstance(value, tuple) and len(value) != width:
+                return f"{where}[{place}] is a tuple of {len(value)}, not of {width}"
+            if kind is not None and not isinstance(value, tuple | type(None)):
+                return f"{where}[{place}] is a {type(value).__name__}, not a tuple of {width}"
     return None
 
 

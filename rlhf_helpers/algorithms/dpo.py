@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,11 +25,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from rlhf_helpers import models, rewards
+from rlhf_helpers import conversations, models, rewards
 from rlhf_helpers._validate import in_range, one_of, same_shape
 from rlhf_helpers.algorithms import sft
 from rlhf_helpers.algorithms._loop import (
     adamw,
+    as_list,
     check_finite,
     check_prompts,
     check_trainable,
@@ -38,8 +41,17 @@ from rlhf_helpers.algorithms._loop import (
     shuffled,
     steps_per_epoch,
     trained,
+    trained_weights,
 )
-from rlhf_helpers.algorithms._resume import digest, model_digest
+from rlhf_helpers.algorithms._resume import (
+    Progress,
+    digest,
+    go_on,
+    keep,
+    look_up,
+    model_digest,
+    state_of,
+)
 from rlhf_helpers.algorithms.reward_model import Comparison, check_comparisons
 from rlhf_helpers.algorithms.sampling import check_prompt_lengths, respond
 from rlhf_helpers.logprobs import completion_log_probs
@@ -166,8 +178,9 @@ _SAID_OF_PAIRS = Metrics._fields[1 : Metrics._fields.index("learning_rate")]
 
 
 def encode(tokenizer: Tokenizer, data: Sequence[Comparison]) -> list[Example]:
-    """Tokens of comparisons of two; a response that has ended is closed with one end-of-text token,
-    a `models.Cut` is not. The one that is preferred by more than half becomes the chosen one.
+    """Tokens of comparisons of two; a response that has ended is closed with one end token, as in
+    `models.response_ids`, a `models.Cut` is not. The one that is preferred by more than half
+    becomes the chosen one.
 
     Args:
         tokenizer: with an end-of-text token.
@@ -392,6 +405,8 @@ def train(
     config: Config,
     held_out: Sequence[Example] = (),
     cache: str | os.PathLike | None = None,
+    folder: str | os.PathLike | None = None,
+    save_every: int = 50,
 ) -> Iterator[Metrics]:
     """Train a policy in place on given pairs; the caller plots, logs and stops.
 
@@ -403,35 +418,52 @@ def train(
         config: the settings.
         held_out: pairs that are never trained on; measured every `evaluate_every` steps and after
             the last, and the KL on their prompts with them.
-        cache: file for the log-probabilities of the reference, see `cached_log_probs`.
-    Yields: Metrics, one a step.
+        cache: file for the log-probabilities of the reference, see `cached_log_probs`. A run that
+            goes on has them in its checkpoint.
+        folder: where checkpoints are written, the last two kept. If it holds one, the run goes on
+            from there: pass the same arguments, the policy as it was at the start included. A
+            folder is for one run. Without one, a run that is killed is lost.
+        save_every: steps from one checkpoint to the next; the last is always kept.
+    Yields: Metrics, one a step; those of earlier steps first when a run goes on.
     Raises: ValueError on no data, settings out of range, a label that the variant cannot use, a
         pair that is longer than the model's context (before the first step, with its index), a
-        stale cache, an adapter that was trained before, or as `update`.
+        stale cache, an adapter that was trained before, as `checkpoint.load`, or as `update`.
     Source: Rafailov et al. 2023, "Direct Preference Optimization", section 4.
     """
     _check(config, data)
+    in_range(save_every, "save_every", 1)
     check_trainable(policy)
     _check_lengths(policy, data, held_out, config)
     policy.eval()  # no dropout: the first loss has to be log 2
     pad, device = tokenizer.pad_token_id, next(policy.parameters()).device
+    given = {"data": list(data), "held_out": list(held_out)}
+    kept = look_up(folder, save_every, config, policy, tokenizer, given)
     # a copy of a plain policy is needed for the KL alone; an adapter is switched off
     frozen = models.reference(policy) if held_out or isinstance(policy, PeftModel) else None
-    with frozen() if frozen else nullcontext(policy) as model:
-        reference = _reference(model, [*data, *held_out], pad, config, cache)
-    optimizer = adamw(policy, config.learning_rate)
+    everything = [*data, *held_out]
+    reference = torch.empty(len(everything), 2)
+    if kept.found is None:  # else it stands in the checkpoint
+        with frozen() if frozen else nullcontext(policy) as model:
+            reference = _reference(model, everything, pad, config, cache)
+    run = Progress(adamw(policy, config.learning_rate))
+    weights = {"policy": trained_weights(policy), "reference": reference}
+    kept, _ = go_on(kept, run, weights, Metrics)
+    yield from run.history
     steps = config.epochs * steps_per_epoch(len(data), config)
-    for step, rows in enumerate(shuffled(len(data), config)):
+    done = len(run.history)
+    for step, rows in enumerate(islice(shuffled(len(data), config), done, None), done):
         batch = collate([data[i] for i in rows.tolist()], reference[rows], pad)
-        rate = set_learning_rate(optimizer, step, steps, config.warm_up)
-        found = update(policy, optimizer, _to(batch, device), config)
+        rate = set_learning_rate(run.optimizer, step, steps, config.warm_up)
+        found = update(policy, run.optimizer, _to(batch, device), config)
         kl = measured = None
         if held_out and ((step + 1) % config.evaluate_every == 0 or step + 1 == steps):
             measured = evaluate(policy, held_out, reference[len(data) :], pad, config)
             prompts = [one.prompt for one in held_out[:_KL_PROMPTS]]
             kl = sampled_kl(policy, frozen, tokenizer, prompts, config)
         told = {"kl": kl, "held_out": measured, "pairs": len(rows)}
-        yield Metrics(step + 1, **found, learning_rate=rate, **told)
+        run.history.append(Metrics(step + 1, **found, learning_rate=rate, **told))
+        keep(kept, step + 1, steps, lambda: state_of(run, weights))
+        yield run.history[-1]
 
 
 def _check_lengths(
@@ -508,57 +540,88 @@ def sampled_kl(
 def online(
     policy: nn.Module,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[conversations.Prompt],
     reward: rewards.Reward,
     config: Config,
+    folder: str | os.PathLike | None = None,
+    save_every: int = 5,
 ) -> Iterator[Metrics]:
     """Online DPO: in each iteration the policy answers new prompts, a judge says which of its
     answers is best and which worst, and the policy is updated on those pairs.
 
     Args:
         policy, tokenizer: as in `train`; the reference stays the policy of the start.
-        prompts: texts; each iteration takes the next ones.
+        prompts: texts or conversations; each iteration takes the next ones.
         reward: the judge, a reward function in log-odds: a pair's label is σ(difference).
         config: the settings; steps are counted over the whole run.
-    Yields: Metrics, one an iteration: means over its steps; `kl` from its samples, before them. An
-        iteration without a pair, in which all scores of each prompt are equal or all responses,
-        changes nothing: its `pairs` is 0, and what is said of pairs is NaN.
+        folder: where checkpoints are written, the last two kept. If it holds one, the run goes on
+            from there: pass the same arguments, the policy as it was at the start included. A
+            folder is for one run. Without one, a run that is killed is lost.
+        save_every: iterations from one checkpoint to the next; the last is always kept.
+    Yields: Metrics, one an iteration, those of earlier ones first when a run goes on: means over
+        its steps; `kl` from its samples, before them. An iteration without a pair, in which all
+        scores of each prompt are equal or all responses, changes nothing: its `pairs` is 0, and
+        what is said of pairs is NaN.
     Raises: ValueError on no prompts, one that is too long (before the first step, with its index),
-        settings out of range, a variant that cannot use labels between 0 and 1, as `rewards.score`,
-        or after the last iteration if none had a pair, saying why.
+        settings out of range, a variant that cannot use labels between 0 and 1, as `rewards.score`
+        or `checkpoint.load`, or after the last iteration if none had a pair, saying why.
     Source: Guo et al. 2024, "Direct Language Model Alignment from Online AI Feedback", section 3.
     """
     _check(config, soft=True)
     check_prompts(prompts)
     check_prompt_lengths(policy, tokenizer, prompts, config.max_new_tokens)
+    in_range(save_every, "save_every", 1)
     check_trainable(policy)
     policy.eval()
-    frozen, optimizer = models.reference(policy), adamw(policy, config.learning_rate)
-    pad, device = tokenizer.pad_token_id, next(policy.parameters()).device
-    luck, left_out = torch.Generator(device).manual_seed(config.seed), Counter()
-    for index in range(config.iterations):
+    given = {"prompts": as_list(prompts)}
+    kept = look_up(folder, save_every, config, policy, tokenizer, given, reward)
+    frozen, device = models.reference(policy), next(policy.parameters()).device
+    luck = torch.Generator(device).manual_seed(config.seed)
+    run, weights = Progress(adamw(policy, config.learning_rate), luck), trained_weights(policy)
+    kept, further = go_on(kept, run, weights, Metrics, left_out={})
+    left_out = Counter(further["left_out"])
+    yield from run.history
+    for index in range(len(run.history), config.iterations):
         some = [prompts[i] for i in prompt_indices(len(prompts), index, config)]
         rollout, scores = answers(policy, tokenizer, some, reward, config, luck)
         data, why = pairs_of(rollout, scores, scores.argmax(1), scores.argmin(1))
-        left_out += why + Counter(pairs=len(data))
-        rate = set_learning_rate(optimizer, index, config.iterations, config.warm_up)
-        with frozen() as model:
-            reference = reference_log_probs(model, data, pad)
-        seen = [] if data else [dict.fromkeys(_SAID_OF_PAIRS, math.nan)]
-        for rows in shuffled(len(data), config) if data else ():
-            batch = collate([data[i] for i in rows.tolist()], reference[rows], pad)
-            seen.append(update(policy, optimizer, _to(batch, device), config))
+        left_out.update(why + Counter(pairs=len(data)))
+        rate = set_learning_rate(run.optimizer, index, config.iterations, config.warm_up)
+        seen = _updates(policy, frozen, run.optimizer, data, tokenizer.pad_token_id, config)
         kl = _log_ratio(rollout, frozen, config.samples_per_prompt).mean().item()
         told = {"kl": kl, "held_out": None, "pairs": len(data)}
-        yield Metrics(index + 1, **mean_of(seen), learning_rate=rate, **told)
+        run.history.append(Metrics(index + 1, **mean_of(seen), learning_rate=rate, **told))
+        state = partial(state_of, run, weights, left_out=dict(left_out))
+        keep(kept, index + 1, config.iterations, state)
+        yield run.history[-1]
     if not left_out["pairs"]:
         raise ValueError(_no_pair(left_out, "equal scores"))
+
+
+def _updates(
+    policy: nn.Module,
+    frozen: Callable,
+    optimizer: torch.optim.Optimizer,
+    data: Sequence[Example],
+    pad_token_id: int,
+    config: Config,
+) -> list[dict[str, float]]:
+    """The updates of one iteration, and what is said of each; NaN without a pair."""
+    if not data:
+        return [dict.fromkeys(_SAID_OF_PAIRS, math.nan)]
+    with frozen() as model:
+        reference = reference_log_probs(model, data, pad_token_id)
+    device, seen = next(policy.parameters()).device, []
+    for rows in shuffled(len(data), config):
+        batch = collate([data[i] for i in rows.tolist()], reference[rows], pad_token_id)
+        seen.append(update(policy, optimizer, _to(batch, device), config))
+    return seen
 
 
 def answers(
     policy: nn.Module,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[conversations.Prompt],
     reward: rewards.Reward,
     config: Config,
     generator: torch.Generator,
@@ -640,7 +703,7 @@ def accept(scores: Tensor, beta: float, generator: torch.Generator) -> Tensor:
 def rejection_sampled(
     policy: nn.Module,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[conversations.Prompt],
     reward: rewards.Reward,
     config: Config,
 ) -> list[Example]:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from rlhf_helpers import models
-from rlhf_helpers._forward import context_of
+from rlhf_helpers import conversations, models
+from rlhf_helpers._forward import context_of, language_model
 from rlhf_helpers._validate import finite, in_range, one_of, pair_problem, same_shape
 from rlhf_helpers.algorithms._loop import (
     check_finite,
@@ -28,7 +28,9 @@ from rlhf_helpers.algorithms._loop import (
     set_learning_rate,
     steps_per_epoch,
     trained,
+    trained_weights,
 )
+from rlhf_helpers.algorithms._resume import Progress, go_on, keep, look_up, state_of
 from rlhf_helpers.algorithms.sft import check_lengths
 from rlhf_helpers.losses import bradley_terry_loss, plackett_luce_loss, rao_kupper_loss
 
@@ -91,7 +93,7 @@ _FIELDS = (
 class Comparison(NamedTuple):
     """Responses to one prompt, best first, and how sure that order is."""
 
-    prompt: str
+    prompt: conversations.Prompt  # a text or a conversation
     responses: tuple[str, ...]  # two, or more for a ranking
     preference: float = 1.0  # P(the first is preferred); 0.5 for a tie
     margin: float = 0.0  # how far apart the scores should be at least
@@ -192,7 +194,7 @@ def last_scores(model: nn.Module, tokens: Tensor, attention_mask: Tensor) -> Ten
     end-of-text token too.
 
     Args:
-        model: as `load` returns it.
+        model: as `load` returns it, or with an adapter on it.
         tokens: [N, T].
         attention_mask: [N, T]; 1 or True counts.
     Returns: [N].
@@ -206,7 +208,8 @@ def last_scores(model: nn.Module, tokens: Tensor, attention_mask: Tensor) -> Ten
     if not mask.any(1).all():
         empty = int((~mask.any(1)).nonzero()[0])
         raise ValueError(f"attention_mask[{empty}] is 0 everywhere; a score needs one token")
-    hidden = model.base_model(
+    classifier = language_model(model)
+    hidden = classifier.base_model(
         tokens,
         attention_mask=mask,
         position_ids=(mask.cumsum(1) - 1).clamp(min=0),
@@ -215,7 +218,7 @@ def last_scores(model: nn.Module, tokens: Tensor, attention_mask: Tensor) -> Ten
     # 1, 2, 3, … on real tokens: the largest is the last one
     last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(1)
     rows = torch.arange(len(tokens), device=tokens.device)
-    return model.score(hidden[rows, last]).squeeze(-1)
+    return classifier.score(hidden[rows, last]).squeeze(-1)
 
 
 def collate(
@@ -237,11 +240,12 @@ def collate(
 
 
 def encode(
-    tokenizer: Tokenizer, prompts: Sequence[str], responses: Sequence[str]
+    tokenizer: Tokenizer, prompts: Sequence[conversations.Prompt], responses: Sequence[str]
 ) -> list[list[int]]:
-    """Tokens of each prompt, its response and the end-of-text token, which a response that is a
+    """Tokens of each prompt, its response and the end token, which a response that is a
     `models.Cut` does not get; see `models.response_ids`. A response may be empty: a policy can end
-    at once, and that has a score too. So may a prompt, as in `models.encode_prompts`.
+    at once, and that has a score too. So may a prompt, which is a text or a conversation as in
+    `models.encode_prompts`.
 
     Raises: ValueError on no texts, one text in place of a list, lists of unequal length, a text
         that becomes a special token, a tokenizer without an end-of-text token.
@@ -255,7 +259,8 @@ def encode(
             "each response, and at least one"
         )
     before = models.prompt_ids(tokenizer, prompts)
-    halves = zip(before, models.response_ids(tokenizer, responses), strict=True)
+    after = models.response_ids(tokenizer, responses, prompts=prompts)
+    halves = zip(before, after, strict=True)
     return [[*prompt, *response] for prompt, response in halves]
 
 
@@ -263,7 +268,7 @@ def encode(
 def scores(
     model: nn.Module,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[conversations.Prompt],
     responses: Sequence[str],
     batch_size: int = 128,
 ) -> Tensor:
@@ -284,7 +289,9 @@ def scores(
 
 
 def as_reward(model: nn.Module, tokenizer: Tokenizer) -> Callable[..., list[float]]:
-    """The model as a reward function: (prompts, completions, **columns) to numbers."""
+    """The model as a reward function: (prompts, completions, **columns) to numbers. A conversation,
+    which comes as a `conversations.ConversationText`, is read as the model was trained to, with the
+    chat template."""
 
     def reward_model(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
         return scores(model, tokenizer, prompts, completions).tolist()
@@ -329,12 +336,16 @@ def comparisons(pairs: Iterable[Mapping], strength: str = "unused") -> list[Comp
 
 
 def labelled(
-    prompts: Sequence[str], first: Sequence[str], second: Sequence[str], preference: Tensor
+    prompts: Sequence[conversations.Prompt],
+    first: Sequence[str],
+    second: Sequence[str],
+    preference: Tensor,
 ) -> list[Comparison]:
     """Comparisons of two with soft labels.
 
     Args:
-        prompts, first, second: N texts each.
+        prompts: N texts or conversations.
+        first, second: N texts each.
         preference: [N], P(the first is preferred), e.g. the mean of what annotators said.
     Raises: ValueError on unequal lengths, one text in place of a list, or responses that nobody can
         compare, as `check_comparisons`.
@@ -354,8 +365,8 @@ def labelled(
 def check_comparisons(data: Sequence[Comparison], name: str = "data") -> None:
     """Refuse what cannot be compared.
 
-    Raises: ValueError, with the index, on a prompt or responses that are no texts, an empty
-        response, or two that are equal but for what cannot be seen.
+    Raises: ValueError, with the index, on a prompt that is neither text nor conversation, responses
+        that are no texts, an empty response, or two that are equal but for what cannot be seen.
     """
     for index, one in enumerate(data):
         where = f"{name}[{index}]"
@@ -363,8 +374,13 @@ def check_comparisons(data: Sequence[Comparison], name: str = "data") -> None:
             raise ValueError(
                 f"{where} has a {type(one.responses).__name__} as responses; pass a tuple of texts"
             )
-        if not all(isinstance(text, str) for text in (one.prompt, *one.responses)):
+        messages = conversations.messages_of(one.prompt)
+        texts = one.responses if messages is not None else (one.prompt, *one.responses)
+        if not all(isinstance(text, str) for text in texts):
             raise ValueError(f"{where} holds something other than texts")
+        problem = None if messages is None else conversations.conversation_problem(messages)
+        if problem:
+            raise ValueError(f"{where}.prompt {problem}")
         for first, second in itertools.combinations(one.responses, 2):
             problem = pair_problem(first, second)
             if problem:
@@ -379,9 +395,10 @@ def token_lists(
 
     Raises: ValueError, with the index, as `encode`, or on two responses with the same tokens.
     """
-    prompts = models.prompt_ids(tokenizer, [one.prompt for one in data], name)
+    before = [one.prompt for one in data]
+    prompts = models.prompt_ids(tokenizer, before, name)
     columns = [
-        models.response_ids(tokenizer, list(column), name)
+        models.response_ids(tokenizer, list(column), name, before)
         for column in zip(*(one.responses for one in data), strict=True)
     ]
     found = [
@@ -474,6 +491,8 @@ def train(
     data: Sequence[Comparison],
     config: Config,
     held_out: Sequence[Comparison] = (),
+    folder: str | os.PathLike | None = None,
+    save_every: int = 50,
 ) -> Iterator[Metrics]:
     """Train a reward model in place; the caller plots, logs and stops.
 
@@ -484,39 +503,59 @@ def train(
         config: the settings.
         held_out: comparisons of two that are never trained on, measured every `evaluate_every`
             steps and after the last.
-    Yields: Metrics, one a step.
+        folder: where checkpoints are written, the last two kept. If it holds one, the run goes on
+            from there: pass the same arguments, the model as it was at the start included. A
+            folder is for one run. Without one, a run that is killed is lost.
+        save_every: steps from one checkpoint to the next; the last is always kept.
+    Yields: Metrics, one a step; those of earlier steps first when a run goes on.
     Raises: ValueError on no comparisons, unequal numbers of responses, labels that the loss does
         not use, settings out of range, and with its index on a comparison as `check_comparisons`
-        and `token_lists` or one that is too long, before the first step; TrainingStopped as
-        `update`.
+        and `token_lists` or one that is too long, before the first step, or as
+        `checkpoint.load`; TrainingStopped as `update`.
     """
     _check(data, config)
-    for name, rows in (("data", data), ("held_out", held_out)):
-        _check_texts(model, tokenizer, rows, name)
+    in_range(save_every, "save_every", 1)
+    both = {"data": data, "held_out": held_out}
+    learned = {name: _fitting(model, tokenizer, rows, name) for name, rows in both.items()}
     check_trainable(model, "model")
     model.eval()  # no dropout: the score that is trained is the score that is used
+    kept = look_up(folder, save_every, config, model, tokenizer, learned, name="model")
     log_threshold = torch.zeros((), requires_grad=True) if config.loss == "rao-kupper" else None
-    groups = [{"params": trained(model), "weight_decay": config.weight_decay}]
+    run = Progress(_optimizer(model, log_threshold, config))
+    weights = {"model": trained_weights(model)}
     if log_threshold is not None:
-        groups.append({"params": [log_threshold], "weight_decay": 0.0})
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=BETAS)
-    steps = config.epochs * steps_per_epoch(len(data), config)
-    device = next(model.parameters()).device
-    for step, batch in enumerate(batches(data, tokenizer, config, device)):
-        rate = set_learning_rate(optimizer, step, steps, config.warm_up)
-        loss, margin, norm = update(model, optimizer, batch, config, log_threshold)
+        weights["log_threshold"] = log_threshold.detach()
+    kept, _ = go_on(kept, run, weights, Metrics)
+    yield from run.history
+    steps, done = config.epochs * steps_per_epoch(len(data), config), len(run.history)
+    every = batches(data, tokenizer, config, next(model.parameters()).device)
+    for step, batch in enumerate(itertools.islice(every, done, None), done):
+        rate = set_learning_rate(run.optimizer, step, steps, config.warm_up)
+        loss, margin, norm = update(model, run.optimizer, batch, config, log_threshold)
         threshold = None if log_threshold is None else log_threshold.exp().item()
         due = (step + 1) % config.evaluate_every == 0 or step + 1 == steps
         measured = evaluate(model, tokenizer, held_out) if held_out and due else None
-        yield Metrics(step + 1, loss, margin, norm, rate, threshold, measured)
+        run.history.append(Metrics(step + 1, loss, margin, norm, rate, threshold, measured))
+        keep(kept, step + 1, steps, lambda: state_of(run, weights))
+        yield run.history[-1]
 
 
-def _check_texts(
+def _optimizer(model: nn.Module, log_threshold: Tensor | None, config: Config) -> torch.optim.AdamW:
+    groups = [{"params": trained(model), "weight_decay": config.weight_decay}]
+    if log_threshold is not None:
+        groups.append({"params": [log_threshold], "weight_decay": 0.0})
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=BETAS)
+
+
+def _fitting(
     model: nn.Module, tokenizer: Tokenizer, data: Sequence[Comparison], name: str
-) -> None:
+) -> list[list]:
+    """What is learned from comparisons: the tokens of their responses, and their labels."""
     check_comparisons(data, name)
-    lengths = [max(map(len, row)) for row in token_lists(tokenizer, data, name)]
+    found = token_lists(tokenizer, data, name)
+    lengths = [max(map(len, row)) for row in found]
     check_lengths(model, lengths, name, "shorten it or leave it out")
+    return [found, [list(one[2:]) for one in data]]
 
 
 def _check(data: Sequence[Comparison], config: Config) -> None:

@@ -6,8 +6,10 @@ that all responses begin in one column.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from reprlib import repr as shortened
 from typing import NamedTuple
 
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_helpers import models
+from rlhf_helpers import conversations, models
 from rlhf_helpers._forward import check_context
 from rlhf_helpers._validate import in_range, one_of
 from rlhf_helpers.algorithms._loop import (
@@ -27,7 +29,9 @@ from rlhf_helpers.algorithms._loop import (
     shuffled,
     steps_per_epoch,
     trained,
+    trained_weights,
 )
+from rlhf_helpers.algorithms._resume import Progress, go_on, keep, look_up, state_of
 from rlhf_helpers.logprobs import completion_log_probs, masked_mean
 
 LOSS_ON = ("response", "all")
@@ -92,18 +96,21 @@ class Metrics(NamedTuple):
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], name: str = "pairs"
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[tuple[conversations.Prompt, str]],
+    name: str = "pairs",
 ) -> list[Example]:
     """Tokenise prompts and responses, each by itself, and close a response that has ended with one
-    end-of-text token; see `models.response_ids`.
+    end token; see `models.response_ids`.
 
     Args:
         tokenizer: with an end-of-text token.
-        pairs: (prompt, response, …); what follows is ignored. An empty prompt becomes one token, as
-            in `models.encode_prompts`; a response that is a `models.Cut` gets no end.
+        pairs: (prompt, response, …); what follows is ignored. A prompt is a text or a conversation,
+            as in `models.encode_prompts`; a response that is a `models.Cut` gets no end.
         name: what messages call the pairs.
-    Raises: ValueError on what is no pair of texts, an empty response, a text that becomes a special
-        token (with its index), or a tokenizer without an end-of-text token.
+    Raises: ValueError on what is no pair of texts, an empty response, a prompt as in
+        `models.encode_prompts` or a response that becomes a special token (with its index), or a
+        tokenizer without an end-of-text token.
     """
     check_pairs(pairs, name)
     prompts, responses = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
@@ -112,26 +119,28 @@ def encode(
             raise ValueError(f"{name}[{index}] has an empty response; drop it or fill it in")
     found = zip(
         models.prompt_ids(tokenizer, prompts, name),
-        models.response_ids(tokenizer, responses, name),
+        models.response_ids(tokenizer, responses, name, prompts),
         strict=True,
     )
     return [Example(*ids) for ids in found]
 
 
-def check_pairs(pairs: Sequence[tuple[str, str]], name: str = "pairs") -> None:
+def check_pairs(pairs: Sequence[tuple[conversations.Prompt, str]], name: str = "pairs") -> None:
     """Refuse what is no pair of texts.
 
     Raises: ValueError, with the index, on what is no (prompt, response, …); a text is none,
-        though it has letters to take for them.
+        though it has letters to take for them, nor is a message.
     """
     if isinstance(pairs, str):
         raise ValueError(f"{name} is one text; pass a list of (prompt, response)")
     for index, pair in enumerate(pairs):
         parts = () if isinstance(pair, str) or not isinstance(pair, Sequence) else pair[:2]
-        if len(parts) < 2 or not all(isinstance(part, str) for part in parts):
+        talk = len(parts) == 2 and conversations.messages_of(parts[0]) is not None
+        texts = parts[1:] if talk else parts
+        if len(parts) < 2 or not all(isinstance(part, str) for part in texts):
             raise ValueError(
                 f"{name}[{index}] is {shortened(pair)}; pass a tuple of two texts,"
-                " (prompt, response)"
+                " (prompt, response); the prompt may be a conversation"
             )
 
 
@@ -232,6 +241,8 @@ def train(
     pairs: Sequence[tuple[str, str]],
     config: Config,
     held_out: Sequence[tuple[str, str]] = (),
+    folder: str | os.PathLike | None = None,
+    save_every: int = 50,
 ) -> Iterator[Metrics]:
     """Fine-tune a policy in place; the caller plots, logs and stops.
 
@@ -242,24 +253,37 @@ def train(
         config: the settings.
         held_out: pairs that are never trained on, to be measured every `evaluate_every` steps and
             after the last.
-    Yields: Metrics, one a step.
+        folder: where checkpoints are written, the last two kept. If it holds one, the run goes on
+            from there: pass the same arguments, the policy as it was at the start included. A
+            folder is for one run. Without one, a run that is killed is lost.
+        save_every: steps from one checkpoint to the next; the last is always kept.
+    Yields: Metrics, one a step; those of earlier steps first when a run goes on.
     Raises: ValueError as `encode`, on no pairs, one that is longer than the model's context (before
-        the first step), settings out of range; TrainingStopped as `update`.
+        the first step), settings out of range, or as `checkpoint.load`; TrainingStopped as
+        `update`.
     """
     check(pairs, config)
+    in_range(save_every, "save_every", 1)
     check_trainable(policy)
     policy.eval()  # no dropout: what is trained is what is sampled
     examples = encode_fitting(policy, tokenizer, pairs, "pairs")
-    encode_fitting(policy, tokenizer, held_out, "held_out")
-    optimizer = adamw(policy, config.learning_rate)
+    data = {"pairs": examples, "held_out": encode_fitting(policy, tokenizer, held_out, "held_out")}
+    kept = look_up(folder, save_every, config, policy, tokenizer, data)
+    run, weights = Progress(adamw(policy, config.learning_rate)), trained_weights(policy)
+    kept, _ = go_on(kept, run, weights, Metrics)
+    yield from run.history
     steps = config.epochs * steps_per_epoch(len(examples), config)
     device = next(policy.parameters()).device
-    for step, batch in enumerate(batches(examples, config, tokenizer.pad_token_id, device)):
-        rate = set_learning_rate(optimizer, step, steps, config.warm_up)
-        loss, norm = update(policy, optimizer, batch, config.max_grad_norm)
+    every = batches(examples, config, tokenizer.pad_token_id, device)
+    done = len(run.history)
+    for step, batch in enumerate(islice(every, done, None), done):
+        rate = set_learning_rate(run.optimizer, step, steps, config.warm_up)
+        loss, norm = update(policy, run.optimizer, batch, config.max_grad_norm)
         due = (step + 1) % config.evaluate_every == 0 or step + 1 == steps
         measured = cross_entropy(policy, tokenizer, held_out) if held_out and due else None
-        yield Metrics(step + 1, loss, norm, rate, measured)
+        run.history.append(Metrics(step + 1, loss, norm, rate, measured))
+        keep(kept, step + 1, steps, lambda: state_of(run, weights))
+        yield run.history[-1]
 
 
 def check(pairs: Sequence[tuple[str, str]], config: Config) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import numbers
+import os
 import unicodedata
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,14 +18,35 @@ _COLDEST = 1e-20
 def tensors(**given: Tensor | None) -> None:
     """Raise TypeError unless all given values (None is skipped) are tensors of real numbers."""
     for name, value in given.items():
-        if value is None:
-            continue
-        if not isinstance(value, Tensor):
-            raise TypeError(
-                f"{name} is of type {type(value).__name__}; pass a tensor, e.g. torch.tensor(…)"
-            )
-        if value.is_complex():
-            raise TypeError(f"{name} holds complex numbers; pass real ones")
+        if value is not None:
+            check_tensor(value, name)
+
+
+def check_tensor(value: Tensor, name: str) -> None:
+    """Raise TypeError unless the value is a tensor of real numbers."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{name} is of type {type(value).__name__}; pass a tensor, e.g. torch.tensor(…)"
+        )
+    if value.is_complex():
+        raise TypeError(f"{name} holds complex numbers; pass real ones")
+
+
+def floats(**given: Tensor) -> None:
+    """Raise TypeError unless all given values are tensors, ValueError unless they hold floats."""
+    for name, value in given.items():
+        check_tensor(value, name)
+        if not value.is_floating_point():
+            raise ValueError(f"{name} has dtype {value.dtype}; pass floats, e.g. {name}.float()")
+
+
+def integers(**given: Tensor) -> None:
+    """Raise TypeError unless all given values are tensors, ValueError unless they hold whole
+    numbers."""
+    for name, value in given.items():
+        check_tensor(value, name)
+        if value.is_floating_point() or value.dtype == torch.bool:
+            raise ValueError(f"{name} has dtype {value.dtype}; pass integers, e.g. {name}.long()")
 
 
 def same_shape(**given: Tensor | None) -> None:
@@ -77,6 +99,76 @@ def in_range(
         left = "(" if open_low or low == -math.inf else "["
         right = ")" if high == math.inf and not infinite else "]"
         raise ValueError(f"{name}={plain} must lie in {left}{low}, {high}{right}")
+
+
+def has(value: object, name: str, wanted: str, *attributes: str) -> None:
+    """Raise TypeError unless the value has all these attributes of what is `wanted`; what type it
+    is of does not matter, so that one's own tokenizers, bandits and wrapped models pass."""
+    missing = next((one for one in attributes if not hasattr(value, one)), None)
+    if missing is not None:
+        raise TypeError(f"{name} ({type(value).__name__}) has no {missing!r}; pass {wanted}")
+
+
+def check_text(value: str, name: str) -> None:
+    """Raise TypeError unless the value is a text."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is of type {type(value).__name__}; pass a text")
+
+
+def check_texts(**given: Sequence[str]) -> None:
+    """Raise TypeError unless all given values are lists of texts (arrays and Series will do),
+    ValueError unless those are equally many."""
+    for name, values in given.items():
+        if isinstance(values, str | Mapping) or not hasattr(values, "__len__"):
+            raise TypeError(f"{name} is of type {type(values).__name__}; pass a list of texts")
+        for index, one in enumerate(values):
+            check_text(one, f"{name}[{index}]")
+    if len({len(values) for values in given.values()}) > 1:
+        sizes = ", ".join(f"{name} {len(values)}" for name, values in given.items())
+        raise ValueError(f"lengths differ: {sizes}; pass one of each")
+
+
+def check_list(values: Sequence, name: str) -> None:
+    """Raise TypeError unless the value is a list, or an array or a Series; a text is none."""
+    sized = hasattr(values, "__len__") and hasattr(values, "__iter__")
+    if isinstance(values, str | Mapping) or not sized or getattr(values, "ndim", 1) == 0:
+        raise TypeError(f"{name} is of type {type(values).__name__}; pass a list")
+
+
+def check_path(value: str | os.PathLike, name: str) -> None:
+    """Raise TypeError unless the value is a text or a path; open() takes 0 and True for files that
+    are open already."""
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"{name} is of type {type(value).__name__}; pass a text or a Path")
+
+
+def check_model(value: object, name: str = "model") -> None:
+    """Raise TypeError unless the value has weights."""
+    has(value, name, "a model, as models.load returns it", "parameters", "forward")
+
+
+def check_tokenizer(value: object, name: str = "tokenizer") -> None:
+    """Raise TypeError unless the value has the two tokens that every batch needs."""
+    has(value, name, "a tokenizer, as models.load returns it", "eos_token_id", "pad_token_id")
+
+
+def check_seed(value: int, name: str = "seed") -> None:
+    """Raise TypeError or ValueError unless torch takes the value as a seed."""
+    in_range(value, name, -(2**63), 2**64 - 1)
+
+
+def check_generator(value: torch.Generator | None, device: torch.device | str = "cpu") -> None:
+    """Raise TypeError unless the value is a generator of torch (or None, torch's global one),
+    ValueError unless it can draw on this device."""
+    if value is None:
+        return
+    if not isinstance(value, torch.Generator):
+        raise TypeError(f"generator is of type {type(value).__name__}; pass a torch.Generator()")
+    if value.device.type != torch.device(device).type:
+        raise ValueError(
+            f"generator is on {value.device}, the numbers on {device}; make it with "
+            f"torch.Generator({str(device)!r})"
+        )
 
 
 def check_temperature(value: float) -> None:

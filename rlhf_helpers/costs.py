@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from rlhf_helpers._validate import in_range, one_of
+from rlhf_helpers._validate import has, in_range, one_of, true_or_false
 
 METHODS = ("sft", "reward", "dpo", "ppo", "grpo")
 FLOAT = 4  # bytes
@@ -66,7 +66,9 @@ def parameters(config: Any) -> int:
 
     Args:
         config: a GPT-2 configuration.
+    Raises: TypeError or ValueError if the config is not GPT-2's.
     """
+    _check_config(config)
     width, inner = config.n_embd, _inner(config)
     biases_and_norms = 3 * width + width + inner + width + 4 * width
     block = _matrices(config) + biases_and_norms
@@ -76,7 +78,12 @@ def parameters(config: Any) -> int:
 
 def adapter_parameters(config: Any, rank: int) -> int:
     """Numbers in a LoRA adapter on the attention's query, key and value, as `models.lora_policy`
-    makes it: A [r, d] and B [3d, r] in each block."""
+    makes it: A [r, d] and B [3d, r] in each block.
+
+    Raises: TypeError or ValueError if the config is not GPT-2's, or rank < 0.
+    """
+    _check_config(config)
+    in_range(rank, "rank", 0)
     return config.n_layer * 4 * rank * config.n_embd
 
 
@@ -114,7 +121,7 @@ def memory(
         model with an adapter, or a config that is not GPT-2's.
     Source: Kingma and Ba 2015, "Adam", algorithm 1 (two moments a parameter); the rest is counted.
     """
-    _check(config, method, batch, rank)
+    _check(config, method, batch, rank, kl, judge)
     weights, adapter = parameters(config), adapter_parameters(config, rank)
     head = config.n_embd + 1  # of the value model: a row and a bias
     trained = (adapter or weights) + (config.n_embd if method == "reward" else 0)
@@ -200,7 +207,7 @@ def flops(
     Source: Kaplan et al. 2020, "Scaling Laws for Neural Language Models", section 2.1 (two
         operations a weight and token forward, four backward).
     """
-    _check(config, method, batch, rank)
+    _check(config, method, batch, rank, kl, judge)
     one, samples = _update_pass(config, method, batch), method in SAMPLING
     rollout = _forward(config, _rollout_pass(config, batch), rank) if samples else 0
     scoring = _forward(config, _whole_texts(batch), 0) if samples and judge else 0
@@ -271,10 +278,15 @@ def _shared(method: str, batch: Batch) -> bool:
     return method in SHARING and batch.group > 1
 
 
-def _check(config: Any, method: str, batch: Batch, rank: int) -> None:
+def _check(
+    config: Any, method: str, batch: Batch, rank: int, kl: bool = True, judge: bool = False
+) -> None:
     one_of(method, METHODS, "method")
+    true_or_false(kl, "kl")
+    true_or_false(judge, "judge")
+    has(batch, "batch", "a costs.Batch", "_asdict", *Batch._fields)
     for name, value in batch._asdict().items():
-        in_range(value, name, 1)
+        in_range(value, f"batch.{name}", 1)
     in_range(rank, "rank", 0)
     if method == "dpo" and batch.group != 2:
         raise ValueError(
@@ -282,5 +294,12 @@ def _check(config: Any, method: str, batch: Batch, rank: int) -> None:
         )
     if rank and method == "reward":
         raise ValueError("rank must be 0 for a reward model, which is trained whole here")
+    _check_config(config)
+
+
+def _check_config(config: Any) -> None:
     if getattr(config, "model_type", None) != "gpt2" or not config.tie_word_embeddings:
-        raise ValueError("config must be that of a GPT-2 with tied embeddings, e.g. model.config")
+        raise ValueError(
+            f"config ({type(config).__name__}) must be that of a GPT-2 with tied embeddings, e.g."
+            " model.config"
+        )

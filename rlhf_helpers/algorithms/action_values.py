@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rlhf_helpers._validate import in_range
+from rlhf_helpers._validate import check_seed, has, in_range
 from rlhf_helpers.worlds.bandits import GaussianBandit
 
 
@@ -36,6 +36,7 @@ def epsilon_greedy(
     """
     in_range(epsilon, "epsilon", 0.0, 1.0)
     in_range(untried, "untried", -math.inf, infinite=True)
+    check_seed(seed)
     runs, arms = _shape(bandit)
     generator = torch.Generator().manual_seed(seed)
 
@@ -63,6 +64,7 @@ def ucb(bandit: GaussianBandit, pulls: int, width: float = 2.0, seed: int = 0) -
         Problem"; with c as in Sutton and Barto 2018, equation 2.10.
     """
     in_range(width, "width", 0.0)
+    check_seed(seed)
     _shape(bandit)
 
     def choose(averages: Tensor, counts: Tensor, step: int) -> Tensor:
@@ -94,6 +96,7 @@ def _play(
 
 
 def _shape(bandit: GaussianBandit) -> tuple[int, int]:
+    has(bandit, "bandit", "a GaussianBandit", "means", "pull")
     if bandit.means.dim() != 2:
         raise ValueError(
             f"bandit has means of shape {tuple(bandit.means.shape)}; pass [runs, arms]"

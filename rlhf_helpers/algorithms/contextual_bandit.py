@@ -16,7 +16,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_helpers._validate import in_range, one_of
+from rlhf_helpers._validate import (
+    check_generator,
+    check_seed,
+    floats,
+    has,
+    in_range,
+    one_of,
+)
 from rlhf_helpers.kl import AdaptiveKLController, exact_kl
 from rlhf_helpers.logprobs import entropy, masked_whiten, token_log_probs
 from rlhf_helpers.losses import policy_gradient_loss, ppo_clip_loss
@@ -83,6 +90,21 @@ class Metrics(NamedTuple):
 
 def policy_logits(policy: Tensor, contexts: Tensor) -> Tensor:
     """Logits of every arm: policy [R, K, D], contexts [R, N, D] or [N, D] -> [R, N, K]."""
+    floats(policy=policy, contexts=contexts)
+    if policy.dim() != 3 or policy.shape[-1:] != contexts.shape[-1:] or contexts.dim() < 2:
+        raise ValueError(
+            f"policy has shape {tuple(policy.shape)}, contexts {tuple(contexts.shape)}; pass"
+            " [runs, arms, context size] and [runs, contexts, context size]"
+        )
+    if contexts.dim() > 3 or contexts.shape[:-2] not in ((), policy.shape[:1]):
+        raise ValueError(
+            f"contexts has shape {tuple(contexts.shape)}; pass [contexts, context size], or those"
+            f" of each of the {len(policy)} runs of policy"
+        )
+    if policy.dtype != contexts.dtype:
+        raise ValueError(
+            f"policy has dtype {policy.dtype}, contexts {contexts.dtype}; make them equal"
+        )
     return contexts @ policy.transpose(-1, -2)
 
 
@@ -91,6 +113,8 @@ def collect(
 ) -> Batch:
     """Roll out: draw contexts, act by the policy, see the rewards, and keep the log-probabilities
     it acted with."""
+    _check_fit(policy, bandit)
+    in_range(batch_size, "batch_size", 2)
     with torch.no_grad():
         contexts = bandit.contexts(len(policy), batch_size, generator=generator)
         logits = policy_logits(policy, contexts)
@@ -105,6 +129,9 @@ def collect(
 
 def minibatches(batch: Batch, count: int, generator: torch.Generator) -> Iterator[Batch]:
     """Cut a rollout into `count` random parts of equal size; one part is the rollout itself."""
+    _check_batch(batch)
+    in_range(count, "count", 1, batch.actions.shape[1])
+    check_generator(generator)
     if count == 1:
         yield batch
         return
@@ -115,6 +142,7 @@ def minibatches(batch: Batch, count: int, generator: torch.Generator) -> Iterato
 
 def reinforce_update(policy: Tensor, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
     """One gradient step on −mean(A·log π): right only while the policy is the one that sampled."""
+    _check_batch(batch, policy)
     log_probs = token_log_probs(policy_logits(policy, batch.contexts), batch.actions)
     loss = policy_gradient_loss(log_probs, batch.advantages)
     optimizer.zero_grad()
@@ -127,6 +155,7 @@ def ppo_clip_update(
 ) -> None:
     """One gradient step on the clipped objective; the ratio corrects for the policy having moved
     since the rollout."""
+    _check_batch(batch, policy)
     log_probs = token_log_probs(policy_logits(policy, batch.contexts), batch.actions)
     loss = ppo_clip_loss(log_probs, batch.old_log_probs, batch.advantages, clip=clip).loss
     optimizer.zero_grad()
@@ -138,6 +167,13 @@ def ppo_penalty_update(
     policy: Tensor, optimizer: torch.optim.Optimizer, batch: Batch, coefficients: Tensor
 ) -> None:
     """One gradient step on −mean(ρ·A) + β·KL(π_old‖π), with one coefficient β a run, [R]."""
+    _check_batch(batch, policy)
+    floats(coefficients=coefficients)
+    if coefficients.shape != policy.shape[:1]:
+        raise ValueError(
+            f"coefficients has shape {tuple(coefficients.shape)}; pass one for each of the"
+            f" {len(policy)} runs"
+        )
     logits = policy_logits(policy, batch.contexts)
     ratio = (token_log_probs(logits, batch.actions) - batch.old_log_probs).exp()
     kl = exact_kl(batch.old_logits, logits).mean(-1)
@@ -166,6 +202,9 @@ def trpo_update(
     Returns: the share of the full step that was taken, 0.0 if no step helped.
     Source: Schulman et al. 2015, "Trust Region Policy Optimization", section 6 and appendix C.
     """
+
+    _check_batch(batch, policy)
+    _check_trpo(target_kl, backtracks, damping)
 
     def surrogate() -> Tensor:
         log_probs = token_log_probs(policy_logits(policy, batch.contexts), batch.actions)
@@ -261,6 +300,7 @@ def _kept(policy: Tensor, optimizer: torch.optim.Optimizer, rows: Tensor) -> Ite
 def gradient_norms(policy: Tensor, batch: Batch) -> Tensor:
     """Length of each run's policy gradient on a fresh rollout: [R]. (All methods here share it:
     the ratio is 1.)"""
+    _check_batch(batch, policy)
     log_probs = token_log_probs(policy_logits(policy, batch.contexts), batch.actions)
     loss = policy_gradient_loss(log_probs, batch.advantages) * len(policy)
     (gradient,) = torch.autograd.grad(loss, policy)
@@ -269,6 +309,7 @@ def gradient_norms(policy: Tensor, batch: Batch) -> Tensor:
 
 def trpo_updates(policy: Tensor, batch: Batch, target_kl: float) -> None:
     """A TRPO step for each run by itself, with its own Fisher matrix and line search."""
+    _check_batch(batch, policy)
     for run in range(len(policy)):
         one = policy.detach()[run : run + 1].clone().requires_grad_()
         trpo_update(one, Batch(*(field[run : run + 1] for field in batch)), target_kl)
@@ -287,6 +328,10 @@ def measure(
 ) -> dict[str, Tensor]:
     """What Metrics holds, but for the gradient norm: exact values on held-out contexts,
     diagnostics on the rollout."""
+    _check_fit(policy, bandit)
+    _check_batch(batch)
+    has(config, "config", "a contextual_bandit.Config", "clip", "method")
+    floats(held_out=held_out, initial_logits=initial_logits)
     logits = policy_logits(policy, held_out)
     rollout_logits = policy_logits(policy, batch.contexts)
     log_probs = token_log_probs(rollout_logits, batch.actions)
@@ -303,11 +348,40 @@ def measure(
     }
 
 
-def _check(policy: Tensor, bandit: LinearBandit, config: Config) -> None:
+def _check_trpo(target_kl: float, backtracks: int, damping: float) -> None:
+    in_range(target_kl, "target_kl", 0.0, open_low=True)
+    in_range(backtracks, "backtracks", 1)
+    in_range(damping, "damping", 0.0)
+
+
+def _check_batch(batch: Batch, policy: Tensor | None = None) -> None:
+    has(batch, "batch", "a Batch, as collect returns it", *Batch._fields)
+    if policy is not None:
+        floats(policy=policy)
+        if not policy.requires_grad or policy.dim() != 3:
+            raise ValueError(
+                f"policy has shape {tuple(policy.shape)} and requires_grad={policy.requires_grad};"
+                " pass [runs, arms, context size], after policy.requires_grad_()"
+            )
+        if len(policy) != len(batch.actions):
+            raise ValueError(
+                f"policy has {len(policy)} runs, batch {len(batch.actions)}; make them equal"
+            )
+
+
+def _check_fit(policy: Tensor, bandit: LinearBandit) -> None:
+    floats(policy=policy)
+    has(bandit, "bandit", "a LinearBandit", "weights", "contexts", "pull", "expected_reward")
     if policy.dim() != 3 or policy.shape[1:] != bandit.weights.shape:
         raise ValueError(
             f"policy has shape {tuple(policy.shape)}; pass [runs, {list(bandit.weights.shape)}]"
         )
+
+
+def _check(policy: Tensor, bandit: LinearBandit, config: Config) -> None:
+    _check_fit(policy, bandit)
+    has(config, "config", "a contextual_bandit.Config", *Config.__dataclass_fields__)
+    check_seed(config.seed)
     one_of(config.method, METHODS, "method")
     in_range(config.iterations, "iterations", 1)
     in_range(config.batch_size, "batch_size", 2)

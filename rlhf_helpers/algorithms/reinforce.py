@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_helpers._validate import in_range, one_of
+from rlhf_helpers._validate import check_seed, floats, has, in_range, integers, one_of
 from rlhf_helpers.advantages import leave_one_out_advantages
 from rlhf_helpers.losses import policy_gradient_loss
 from rlhf_helpers.worlds.bandits import GaussianBandit
@@ -50,6 +50,7 @@ class Metrics(NamedTuple):
 
 def update(logits: Tensor, actions: Tensor, advantages: Tensor, learning_rate: float) -> None:
     """One step of gradient ascent on logits [R, K], in place. actions, advantages: [R, N]."""
+    _check_update(logits, actions, advantages, learning_rate)
     log_probs = logits.log_softmax(-1).gather(-1, actions)
     # the loss is a mean over all runs; a run on its own would see R times that gradient
     loss = policy_gradient_loss(log_probs, advantages) * len(logits)
@@ -91,7 +92,27 @@ def train(logits: Tensor, bandit: GaussianBandit, config: Config) -> Iterator[Me
         yield Metrics(step, actions, rewards, expected)
 
 
+def _check_update(
+    logits: Tensor, actions: Tensor, advantages: Tensor, learning_rate: float
+) -> None:
+    floats(logits=logits, advantages=advantages)
+    integers(actions=actions)
+    in_range(learning_rate, "learning_rate", 0.0)
+    if logits.dim() != 2 or not logits.requires_grad:
+        raise ValueError(
+            f"logits has shape {tuple(logits.shape)} and requires_grad={logits.requires_grad};"
+            " pass [runs, arms], after logits.requires_grad_()"
+        )
+    for name, given in {"actions": actions, "advantages": advantages}.items():
+        if given.dim() != 2 or len(given) != len(logits):
+            raise ValueError(f"{name} has shape {tuple(given.shape)}; pass [{len(logits)}, pulls]")
+
+
 def _check(logits: Tensor, bandit: GaussianBandit, config: Config) -> None:
+    floats(logits=logits)
+    has(bandit, "bandit", "a GaussianBandit", "means", "noise_std")
+    has(config, "config", "a reinforce.Config", *Config.__dataclass_fields__)
+    check_seed(config.seed)
     if logits.dim() != 2 or logits.shape[-1] != bandit.means.shape[-1]:
         raise ValueError(
             f"logits has shape {tuple(logits.shape)}; pass [runs, {bandit.means.shape[-1]} arms]"

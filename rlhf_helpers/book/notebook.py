@@ -18,7 +18,7 @@ from IPython import get_ipython
 from IPython.display import SVG, Markdown, display
 
 from rlhf_helpers import settings
-from rlhf_helpers._validate import one_of
+from rlhf_helpers._validate import check_list, check_text, has, in_range, one_of
 from rlhf_helpers.book import plots
 
 # What could begin or end something in Markdown, MyST, HTML or a formula, wherever it stands; a
@@ -38,6 +38,7 @@ def setup(chapter: str, scale: str | None = None) -> settings.Settings:
     Raises: ValueError on an unknown scale.
     """
     if scale is not None:
+        one_of(scale, settings.SCALES, "scale")
         os.environ["RLHF_SCALE"] = scale
     chosen = settings.load()
     _quiet()
@@ -70,6 +71,8 @@ def _quiet() -> None:
 
 def recorded(chapter: str, scale: str) -> str:
     """What a run of this chapter was measured to need at this scale, in words."""
+    check_text(chapter, "chapter")
+    one_of(scale, settings.SCALES, "scale")
     text = (
         resources.files("rlhf_helpers").joinpath("assets/measured.json").read_text(encoding="utf-8")
     )
@@ -81,10 +84,16 @@ def recorded(chapter: str, scale: str) -> str:
 
 def recorded_sweep(chapter: str, run: settings.Settings) -> dict | None:
     """What `make results` recorded for this chapter; None at a scale that it was not recorded
-    at."""
+    at.
+
+    Raises: ValueError on a chapter without recorded results, at the scale that has them.
+    """
+    has(run, "run", "the settings, as setup returns them", "scale")
     if run.scale != "tiny":
         return None
-    path = resources.files("rlhf_helpers").joinpath(f"assets/results/{chapter}.json")
+    folder = resources.files("rlhf_helpers").joinpath("assets/results")
+    one_of(chapter, sorted(Path(one.name).stem for one in folder.iterdir()), "chapter")
+    path = folder.joinpath(f"{chapter}.json")
     return json.loads(path.read_text(encoding="utf-8"))["results"]
 
 
@@ -114,6 +123,7 @@ def record_sweep(chapter: str, started: float, asked: dict, results: dict) -> No
 
 def say(sentence: str) -> None:
     """Display a sentence that carries numbers of this run, as Markdown."""
+    check_text(sentence, "sentence")
     display(Markdown(sentence))
 
 
@@ -140,12 +150,24 @@ def table(rows: Iterable[Sequence[object]], columns: Sequence[str], title: str =
         title: a sentence above the table; "" for none.
     Raises: ValueError on a row of another length.
     """
+    check_list(columns, "columns")
+    check_text(title, "title")
     lines = [_row(columns), "|" + "---|" * len(columns)]
+    has(rows, "rows", "a list of rows", "__iter__")
     for index, row in enumerate(rows):
+        check_list(row, f"rows[{index}]")
         if len(row) != len(columns):
             raise ValueError(f"rows[{index}] has {len(row)} cells for {len(columns)} columns")
         lines.append(_row(row))
     say((title and title + "\n\n") + "\n".join(lines) + "\n")
+
+
+def _check_claim(row: tuple, name: str) -> None:
+    if not isinstance(row, tuple | list) or len(row) != 4:
+        raise TypeError(f"{name} is {row!r}; pass (claim, value, low, high)")
+    for part, number in zip(("value", "low", "high"), row[1:], strict=True):
+        if number is not None or part != "value":
+            has(number, f"{name}: {part}", "a number", "__float__")
 
 
 def _row(cells: Sequence[object]) -> str:
@@ -160,6 +182,7 @@ def literal(text: str) -> str:
     their own: `<script>`, a role that copies a file, two dollar signs. Every text that nobody here
     wrote goes through this, or through `brief` or `code`, before `say` or `table` shows it.
     """
+    check_text(text, "text")
     line = " ".join(text.split())
     line = _SPECIAL.sub(_entity, line)
     # of a number that would begin a list, only its dot
@@ -172,11 +195,14 @@ def _entity(found: re.Match) -> str:
 
 def brief(text: str, length: int = 160) -> str:
     """The beginning of a text, as `literal` shows it, so that it fits into the cell of a table."""
+    check_text(text, "text")
+    in_range(length, "length", 0)
     return literal(" ".join(text.split())[:length])
 
 
 def code(text: str) -> str:
     """Any text as a code span, letter by letter, on one line."""
+    check_text(text, "text")
     line = " ".join(text.split())
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
     space = " " if "`" in (line[:1], line[-1:]) else ""
@@ -196,7 +222,9 @@ def claims(*rows: tuple[str, float | None, float, float]) -> None:
     Raises: AssertionError at scale tiny, naming the claims that failed.
     """
     failed = []
-    for claim, value, low, high in rows:
+    for index, row in enumerate(rows):
+        _check_claim(row, f"rows[{index}]")
+        claim, value, low, high = row
         if value is None:
             print(f"– {claim}: not measured at this scale")
             continue

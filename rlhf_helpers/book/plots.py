@@ -6,16 +6,19 @@ Colours are those of Okabe and Ito, which people with colour-blindness can tell 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
+from matplotlib.colors import is_color_like, to_rgb
 from matplotlib.figure import Figure
 from scipy import stats
 from torch import Tensor
+
+from rlhf_helpers._validate import has, in_range
 
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 YELLOW, BLUE, VERMILION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
@@ -74,12 +77,28 @@ def interval(
 
     Raises: ValueError with fewer than three runs.
     """
-    runs = np.asarray(runs, dtype=float)
+    runs = _as_runs(runs)
+    in_range(level, "level", 0.0, 1.0)
     if len(runs) < 3:
         raise ValueError(f"runs holds {len(runs)} runs; an interval needs three or more")
     mean = runs.mean(0)
     half = stats.t.ppf(0.5 + level / 2, len(runs) - 1) * runs.std(0, ddof=1) / np.sqrt(len(runs))
     return mean, mean - half, mean + half
+
+
+def _as_runs(runs: Tensor | np.ndarray) -> np.ndarray:
+    try:
+        found = np.asarray(runs, dtype=float)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"runs holds something other than numbers ({error})") from error
+    if found.ndim != 2:
+        raise ValueError(f"runs has shape {found.shape}; pass [runs, points]")
+    return found
+
+
+def _check_colour(colour: str) -> None:
+    if not is_color_like(colour):
+        raise ValueError(f"colour={colour!r} is none; pass a name or a code like '#E69F00'")
 
 
 def band(
@@ -92,8 +111,19 @@ def band(
     floor: float = -np.inf,
 ) -> None:
     """Draw the mean of runs [R, T] strong, its 95 % interval as a band that ends at `floor`, and up
-    to `faint` single runs behind."""
-    runs = np.asarray(runs, dtype=float)
+    to `faint` single runs behind.
+
+    Raises: ValueError as `interval`, or on another number of x than of points.
+    """
+    has(ax, "ax", "axes of Matplotlib", "plot", "fill_between")
+    _check_colour(colour)
+    in_range(faint, "faint", 0)
+    in_range(floor, "floor", -math.inf, infinite=True)
+    runs = _as_runs(runs)
+    if not hasattr(x, "__len__") or len(x) != runs.shape[1]:
+        raise ValueError(
+            f"x must be a list of {runs.shape[1]} numbers, one for each column of runs"
+        )
     mean, low, high = interval(runs)
     for run in runs[:faint]:
         ax.plot(x, run, color=colour, alpha=0.12, linewidth=0.7, zorder=1)
@@ -105,6 +135,8 @@ def band(
 
 def optimum(ax: Axes, value: float, text: str = "optimum") -> None:
     """Draw the best possible value as a dashed line with its number."""
+    has(ax, "ax", "axes of Matplotlib", "axhline", "annotate")
+    in_range(value, "value", -math.inf)
     ax.axhline(value, color=COLOURS["optimum"], linestyle="--", linewidth=1.2, zorder=2)
     ax.annotate(
         f"{text} {value:.2f}",
@@ -121,6 +153,12 @@ def label_line(
 ) -> None:
     """Write a line's name beside its point (x, y), in a darker shade of its colour; `offset` in
     points."""
+    has(ax, "ax", "axes of Matplotlib", "annotate")
+    _check_colour(colour)
+    in_range(x, "x", -math.inf)
+    in_range(y, "y", -math.inf)
+    if not hasattr(offset, "__len__") or len(offset) != 2:
+        raise ValueError(f"offset={offset!r} must be two numbers, in points")
     ink = tuple(0.7 * part for part in to_rgb(colour))  # thin letters need more contrast than lines
     ax.annotate(
         text, (x, y), xytext=offset, textcoords="offset points", color=ink, va="center", fontsize=9
@@ -129,9 +167,23 @@ def label_line(
 
 def finish(ax: Axes, title: str, xlabel: str, ylabel: str) -> None:
     """Title that states the message, and axes with their units."""
+    has(ax, "ax", "axes of Matplotlib", "set_title")
     ax.set_title(title)
     ax.set_xlabel(xlabel)
     ax.set_ylabel(ylabel)
+
+
+def _check_histories(histories: dict[str, Sequence], colours: dict[str, str]) -> None:
+    has(histories, "histories", "a dictionary from method to its Metrics", "items")
+    has(colours, "colours", "a dictionary from method to colour", "get")
+    if not histories:
+        raise ValueError("histories is empty; pass at least one")
+    for method, history in histories.items():
+        if not hasattr(history, "__len__") or len(history) == 0:
+            raise ValueError(f"histories[{method!r}] must be a list with at least one Metrics")
+        if colours.get(method) is None:
+            raise ValueError(f"colours has none for {method!r}; give it one")
+        _check_colour(colours[method])
 
 
 def diagnostics(
@@ -144,7 +196,9 @@ def diagnostics(
             is drawn.
         colours: method -> colour.
         xlabel: what one Metrics stands for.
+    Raises: ValueError on no history, an empty one, or a method without a colour.
     """
+    _check_histories(histories, colours)
     first = next(iter(histories.values()))[0]
     fields = [(name, label) for name, label in PANEL if hasattr(first, name)]
     columns = 3

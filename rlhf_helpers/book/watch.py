@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from rlhf_helpers._validate import has, in_range
 from rlhf_helpers.algorithms.ppo import Metrics
 
 
@@ -21,6 +22,8 @@ def watch(
         folder: where TensorBoard's files go; None writes none.
     Raises: ImportError if a folder is given and tensorboard is not installed.
     """
+    has(history, "history", "what train returns", "__iter__")
+    in_range(iterations, "iterations", 1)
     writer = None
     if folder is not None:
         try:

@@ -10,6 +10,6 @@ def load(name: str) -> ModuleType:
 
     Raises: ValueError on another name.
     """
-    if name not in ("reviews", "imdb"):
+    if not isinstance(name, str) or name not in ("reviews", "imdb"):
         raise ValueError(f"name={name!r} is unknown; use one of 'reviews', 'imdb'")
     return import_module(f"rlhf_helpers.worlds.{name}")

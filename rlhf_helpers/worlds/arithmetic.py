@@ -30,7 +30,18 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from rlhf_helpers._validate import in_range, one_of, tensors, zero_or_one
+from rlhf_helpers._validate import (
+    check_list,
+    check_seed,
+    check_text,
+    check_texts,
+    has,
+    in_range,
+    one_of,
+    tensors,
+    true_or_false,
+    zero_or_one,
+)
 
 SPLITS = ("train", "held_out")
 _ONE, _TWO = range(10), range(10, 100)
@@ -71,21 +82,36 @@ def split_of(operands: Sequence[int]) -> str:
     It depends on which numbers are added, not on their order: 37+58 and 58+37 are in one split,
     and so are all orders of three numbers. A held-out sum of three may contain a sum of two that
     is trained on.
+
+    Raises: TypeError or ValueError on an operand that is no whole number ≥ 0.
     """
+    check_list(operands, "operands")
+    for index, operand in enumerate(operands):
+        in_range(operand, f"operands[{index}]", 0)
+    return _split_of(operands)
+
+
+def _split_of(operands: Sequence[int]) -> str:
     name = "+".join(map(str, sorted(operands)))
     return "train" if zlib.crc32(name.encode()) % 5 else "held_out"
 
 
-@cache
 def problems(level: int, split: str) -> tuple[Problem, ...]:
     """All problems of a level and a split, both orders of two numbers included.
 
     Raises: ValueError on an unknown level or split.
     """
-    _check_level(level)
+    in_range(level, "level", 0)
+    if level not in LEVELS:
+        raise ValueError(f"level={level!r} is unknown; use one of {', '.join(map(str, LEVELS))}")
     one_of(split, SPLITS, "split")
+    return _problems(level, split)
+
+
+@cache
+def _problems(level: int, split: str) -> tuple[Problem, ...]:
     found = itertools.product(*LEVELS[level])
-    return tuple(_problem(level, operands) for operands in found if split_of(operands) == split)
+    return tuple(_problem(level, operands) for operands in found if _split_of(operands) == split)
 
 
 def _problem(level: int, operands: tuple[int, ...]) -> Problem:
@@ -108,12 +134,8 @@ def sample(n: int, level: int, split: str, seed: int = 0) -> list[Problem]:
     """
     known = problems(level, split)
     in_range(n, "n", 1, len(known))
+    check_seed(seed)
     return random.Random(f"problems {level} {split} {seed}").sample(known, n)
-
-
-def _check_level(level: int) -> None:
-    if level not in LEVELS:
-        raise ValueError(f"level={level!r} is unknown; use one of {', '.join(map(str, LEVELS))}")
 
 
 # --- demonstrations ------------------------------------------------------------------------------
@@ -125,6 +147,8 @@ def solution(problem: Problem, worked: bool = True) -> str:
     Steps of a sum of two: units and tens apart, then together. A sum of three begins with that of
     its first two. At level 1 there is nothing in between.
     """
+    has(problem, "problem", "a Problem", *Problem._fields)
+    true_or_false(worked, "worked")
     return _write(problem, worked, False, random.Random())
 
 
@@ -148,6 +172,8 @@ def demonstrations(
     """
     in_range(n, "n", 1)
     in_range(worked, "worked", 0.0, 1.0)
+    true_or_false(careless, "careless")
+    check_seed(seed)
     rng = random.Random(f"demonstrations {seed}")
     found = []
     for level in rng.choices(list(SHARES), list(SHARES.values()), k=n):
@@ -195,6 +221,7 @@ def extract_answer(completion: str) -> str | None:
     made into integers, so a completion of a million digits costs no more than to read it. Whether
     a completion had come to its end or was cut off, its text does not tell.
     """
+    check_text(completion, "completion")
     last = completion.rpartition("=")[2].strip()
     return last if _INTEGER.fullmatch(last) else None
 
@@ -213,7 +240,7 @@ def exact(
     """
     right = _answers(completions, answer)
     return [
-        float(extract_answer(text) == one) for text, one in zip(completions, right, strict=True)
+        float(extract_answer(given) == one) for given, one in zip(completions, right, strict=True)
     ]
 
 
@@ -222,7 +249,8 @@ def well_formed(prompts: list[str], completions: list[str], **columns: Any) -> l
 
     "95" and "15+80=95" are; "15+80", "=95", "015=95" and anything with a space or a word are not.
     """
-    return [float(_CHAIN.fullmatch(text) is not None) for text in completions]
+    check_texts(completions=completions)
+    return [float(_CHAIN.fullmatch(one) is not None) for one in completions]
 
 
 def contains_answer(
@@ -235,10 +263,13 @@ def contains_answer(
     Raises: as `exact`.
     """
     right = _answers(completions, answer)
-    return [float(one in text) for text, one in zip(completions, right, strict=True)]
+    return [float(one in given) for given, one in zip(completions, right, strict=True)]
 
 
 def _answers(completions: Sequence[str], answer: Sequence[str | int]) -> list[str]:
+    check_texts(completions=completions)
+    if not isinstance(answer, str | int):
+        check_list(answer, "answer")
     if isinstance(answer, str | int) or len(answer) != len(completions):
         raise ValueError(
             f"answer must be a list with one entry for each of the {len(completions)} completions"

@@ -14,7 +14,7 @@ import torch
 from scipy.spatial import ConvexHull
 from torch import Tensor
 
-from rlhf_helpers._validate import finite, in_range
+from rlhf_helpers._validate import check_generator, check_seed, finite, floats, in_range, integers
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class GaussianBandit:
     noise_std: float = 1.0
 
     def __post_init__(self) -> None:
+        floats(means=self.means)
         if self.means.dim() not in (1, 2) or self.means.shape[-1] == 0:
             raise ValueError(
                 f"means has shape {tuple(self.means.shape)}; pass [arms] or [bandits, arms]"
@@ -42,6 +43,12 @@ class GaussianBandit:
         """Reward of each pull. actions: integers, [N] (or [R, N] for R bandits) -> rewards of that
         shape."""
         _check_actions(actions, self.means.shape[-1])
+        check_generator(generator)
+        if self.means.dim() == 2 and actions.shape[:-1] != self.means.shape[:-1]:
+            raise ValueError(
+                f"actions has shape {tuple(actions.shape)}; pass [{len(self.means)}, pulls], a row"
+                " for each bandit"
+            )
         mean = self.means[actions] if self.means.dim() == 1 else self.means.gather(-1, actions)
         return mean + self.noise_std * torch.randn(
             actions.shape, generator=generator, dtype=mean.dtype
@@ -54,6 +61,7 @@ class GaussianBandit:
     def expected_reward(self, logits: Tensor) -> Tensor:
         """J(θ) = Σ_a π(a)·μ_a of the softmax policy with these logits [..., K] -> [...].
         Differentiable."""
+        _check_logits(logits, self.means.shape[-1])
         return (logits.softmax(-1) * self.means).sum(-1)
 
     def gradient(self, logits: Tensor) -> Tensor:
@@ -83,8 +91,11 @@ class GaussianBandit:
             "Variance Reduction Techniques for Gradient Estimates in Reinforcement Learning",
             section 3.
         """
+        floats(logits=logits)
         if self.means.dim() != 1 or logits.shape != self.means.shape:
             raise ValueError(f"logits has shape {tuple(logits.shape)}; pass [arms] for one bandit")
+        if not isinstance(baseline, Tensor):
+            in_range(baseline, "baseline", -math.inf)
         probs = logits.softmax(-1)
         score = torch.eye(len(probs), dtype=probs.dtype) - probs  # row a: ∇ log π(a)
         second_moment = (self.means - baseline).square() + self.noise_std**2
@@ -94,38 +105,57 @@ class GaussianBandit:
 @dataclass(frozen=True)
 class LinearBandit:
     """A contextual bandit: in context x, arm a pays w_a·x plus normal noise; contexts are standard
-    normal.
+    normal, or such numbers mixed.
 
     Args:
         weights: [K, D], one row an arm.
         noise_std: the standard deviation (not the variance) of one pull, ≥ 0.
-    Raises: ValueError on a wrong shape, weights that are not finite, a negative noise_std.
+        mixing: [D, D]; a context is z·mixing with z standard normal. None leaves z as it is.
+    Raises: ValueError on a wrong shape, weights or a mixing that are not finite, a negative
+        noise_std.
     """
 
     weights: Tensor
     noise_std: float = 1.0
+    mixing: Tensor | None = None
 
     def __post_init__(self) -> None:
+        floats(weights=self.weights)
         if self.weights.dim() != 2 or len(self.weights) < 2 or self.weights.shape[1] == 0:
             raise ValueError(
                 f"weights has shape {tuple(self.weights.shape)}; pass [arms ≥ 2, context size]"
             )
         finite(self.weights, "weights")
         in_range(self.noise_std, "noise_std", 0.0)
+        if self.mixing is not None:
+            floats(weights=self.weights, mixing=self.mixing)
+            size = self.weights.shape[1]
+            if self.mixing.shape != (size, size):
+                raise ValueError(
+                    f"mixing has shape {tuple(self.mixing.shape)}; pass [{size}, {size}]"
+                )
+            finite(self.mixing, "mixing")
 
     def contexts(self, *shape: int, generator: torch.Generator) -> Tensor:
         """Draw contexts: [*shape, D]."""
-        return torch.randn(
+        for size in shape:
+            in_range(size, "shape", 0)
+        check_generator(generator)
+        drawn = torch.randn(
             *shape, self.weights.shape[1], generator=generator, dtype=self.weights.dtype
         )
+        return drawn if self.mixing is None else drawn @ self.mixing
 
     def mean_rewards(self, contexts: Tensor) -> Tensor:
         """Mean reward of every arm in every context: [..., D] -> [..., K]."""
+        self._check_contexts(contexts)
         return contexts @ self.weights.T
 
     def pull(self, contexts: Tensor, actions: Tensor, generator: torch.Generator) -> Tensor:
         """Reward of one arm in each context. contexts [..., D], actions [...] -> rewards [...]."""
         _check_actions(actions, len(self.weights))
+        self._check_contexts(contexts)
+        check_generator(generator)
         if contexts.shape[:-1] != actions.shape:
             raise ValueError(
                 f"actions has shape {tuple(actions.shape)}; pass one for each context of"
@@ -139,7 +169,17 @@ class LinearBandit:
     def expected_reward(self, logits: Tensor, contexts: Tensor) -> Tensor:
         """Exact expected reward of the softmax policy in each context: logits [..., K], contexts
         [..., D] -> [...]."""
+        _check_logits(logits, len(self.weights))
         return (logits.softmax(-1) * self.mean_rewards(contexts)).sum(-1)
+
+    def _check_contexts(self, contexts: Tensor) -> None:
+        floats(contexts=contexts)
+        size, dtype = self.weights.shape[1], self.weights.dtype
+        if contexts.shape[-1:] != (size,) or contexts.dtype != dtype:
+            raise ValueError(
+                f"contexts has shape {tuple(contexts.shape)} and dtype {contexts.dtype}; pass"
+                f" [..., {size}] of {dtype}, as the weights"
+            )
 
     def optimal_value(self) -> float:
         """E_x[max_a w_a·x], what the best policy earns a pull, in closed form; for contexts in the
@@ -151,7 +191,7 @@ class LinearBandit:
         integral over all directions is the polygon's perimeter L, and a standard normal context
         has mean length √(π/2), which gives L / (2·√(2π)).
 
-        Raises: ValueError unless D = 2.
+        Raises: ValueError unless D = 2, or if contexts are mixed.
         Source: Cauchy's perimeter formula, e.g. Santaló 2004, "Integral Geometry and Geometric
             Probability", chapter I.1.
         """
@@ -160,6 +200,8 @@ class LinearBandit:
                 f"weights has {self.weights.shape[1]} columns; the closed form needs contexts"
                 " with 2"
             )
+        if self.mixing is not None:
+            raise ValueError("mixing is set; the closed form needs standard normal contexts")
         if torch.linalg.matrix_rank(self.weights - self.weights[0]) < 2:
             perimeter = (
                 2 * torch.pdist(self.weights).max().item()
@@ -181,6 +223,8 @@ def ten_arms(
     Source: Sutton and Barto 2018, "Reinforcement Learning", section 2.3.
     """
     in_range(runs, "runs", 1)
+    in_range(offset, "offset", -math.inf)
+    check_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     means = offset + torch.randn(runs, 10, generator=generator, dtype=torch.float64)
     return GaussianBandit(means, noise_std)
@@ -197,8 +241,38 @@ def fan(arms: int = 8, noise_std: float = 1.0) -> LinearBandit:
     return LinearBandit(torch.stack([angles.cos(), angles.sin()], dim=1), noise_std)
 
 
+def stretched(
+    arms: int = 8, size: int = 8, decades: float = 1.5, noise_std: float = 1.0, seed: int = 0
+) -> LinearBandit:
+    """A linear bandit that shows its policy badly scaled inputs: some directions are 10^decades
+    times as large as others, although all matter equally for the reward.
+
+    Arm a pays u_a·z, with z standard normal and u_a a random direction of length 1. The context is
+    x = Mz, with M symmetric, its scales log-spaced from 1 down to 10^−decades along random axes.
+
+    Raises: ValueError if arms < 2, size < 1, decades < 0.
+    """
+    in_range(arms, "arms", 2)
+    in_range(size, "size", 1)
+    in_range(decades, "decades", 0.0)
+    check_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    units = torch.randn(arms, size, generator=generator, dtype=torch.float64)
+    units /= units.norm(dim=1, keepdim=True)
+    random = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    axes = torch.linalg.qr(random).Q
+    scales = 10 ** torch.linspace(0, -decades, size, dtype=torch.float64)
+    mixing = axes * scales @ axes.T
+    return LinearBandit(units @ (axes / scales @ axes.T), noise_std, mixing)
+
+
 def _check_actions(actions: Tensor, arms: int) -> None:
-    if actions.is_floating_point() or actions.dtype == torch.bool:
-        raise ValueError(f"actions has dtype {actions.dtype}; pass integers")
+    integers(actions=actions)
     if actions.numel() and (actions.min() < 0 or actions.max() >= arms):
         raise ValueError(f"actions holds an arm outside [0, {arms})")
+
+
+def _check_logits(logits: Tensor, arms: int) -> None:
+    floats(logits=logits)
+    if logits.shape[-1:] != (arms,):
+        raise ValueError(f"logits has shape {tuple(logits.shape)}; pass [..., {arms}], one an arm")

@@ -19,16 +19,28 @@ from __future__ import annotations
 import math
 import string
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from rlhf_helpers._validate import finite, in_range, same_shape
+from rlhf_helpers._validate import (
+    check_generator,
+    check_seed,
+    check_tensor,
+    finite,
+    floats,
+    has,
+    in_range,
+    integers,
+    same_shape,
+    zero_or_one,
+)
+
+# The tables need torch alone: chapters without a language model use them too.
+if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 _LARGEST = 1_000_000  # sequences
 _TOLERANCE = 1e-4  # of a distribution's total probability, on the scale of its logarithm
@@ -110,13 +122,16 @@ def index_of(tokens: Tensor, mask: Tensor, language: Language) -> Tensor:
         ended, going on after its end, with a gap in its mask, or with a token outside the
         vocabulary.
     """
+    _check_language(language)
+    integers(tokens=tokens)
+    check_tensor(mask, "mask")
     same_shape(tokens=tokens, mask=mask)
     if tokens.dim() != 2 or not 1 <= tokens.shape[1] <= language.length:
         raise ValueError(
             f"tokens has shape {tuple(tokens.shape)}; pass [samples, 1 to {language.length} tokens]"
         )
     missing = (0, language.length - tokens.shape[1])
-    mask = pad(mask.bool(), missing)
+    mask = pad(zero_or_one(mask), missing)
     tokens = pad(tokens, missing).masked_fill(~mask, 0)
     known = tokens.clamp(0, language.vocabulary - 1)
     index = _numbers(known, language.vocabulary)[:, -1]
@@ -162,8 +177,12 @@ def small_gpt2(
     in_range(length, "length", 1)
     in_range(layers, "layers", 1)
     in_range(spread, "spread", 0.0)
-    if width < 4 or width % 4:
+    in_range(width, "width", 1)
+    check_seed(seed)
+    if width % 4:
         raise ValueError(f"width={width} must be a multiple of 4, the number of attention heads")
+    from transformers import GPT2Config, GPT2LMHeadModel
+
     config = GPT2Config(
         vocab_size=vocabulary,
         n_positions=length + 1,
@@ -183,13 +202,39 @@ def small_gpt2(
         eos_token_id=0,
         pad_token_id=0,
     )
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        # of the CPU alone: torch.manual_seed would seed accelerators too
-        torch.default_generator.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
         model = GPT2LMHeadModel(config)
-        # the last layer norm gives states of mean square 1
-        model.lm_head.weight.normal_(std=spread * width**-0.5)
+    _draw_weights(model, torch.Generator().manual_seed(seed), spread)
     return model.eval()
+
+
+@torch.no_grad()
+def _draw_weights(model: GPT2LMHeadModel, generator: torch.Generator, spread: float) -> None:
+    """Draw the matrices of a GPT-2 in the order of transformers 5.23, whose releases differ.
+
+    Some are drawn more than once there; the last time counts.
+    """
+    body, head, std = model.transformer, model.lm_head, model.config.initializer_range
+    embeddings = [body.wte, body.wpe]
+    paths = [path for block in body.h for path in _residual_paths(block)]
+    for module in (*embeddings, *(module for path in paths for module in path)):
+        module.weight.normal_(generator=generator)
+    for module in embeddings:
+        module.weight.normal_(std=std, generator=generator)
+    for into, out in paths:
+        into.weight.normal_(std=std, generator=generator)
+        out.weight.normal_(std=std, generator=generator)
+        # the sum of all paths is to have the size of one
+        out.weight.normal_(std=std / math.sqrt(len(paths)), generator=generator)
+    head.weight.uniform_(generator=generator)
+    head.weight.normal_(std=std, generator=generator)
+    # the last layer norm gives states of mean square 1
+    head.weight.normal_(std=spread * std, generator=generator)
+
+
+def _residual_paths(block: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    """The first and the last matrix of a block's attention and of its MLP."""
+    return [(block.attn.c_attn, block.attn.c_proj), (block.mlp.c_fc, block.mlp.c_proj)]
 
 
 def next_log_probs(model: nn.Module, language: Language) -> Tensor:
@@ -203,6 +248,8 @@ def next_log_probs(model: nn.Module, language: Language) -> Tensor:
     Returns: [S, V], nats, on the language's device; differentiable.
     Raises: ValueError if the model has another vocabulary.
     """
+    has(model, "model", "a causal language model", "parameters", "forward")
+    _check_language(language)
     branches, last = language.vocabulary - 1, language.length - 1
     longest = language.tokens[language.num_states - branches**last : language.num_states]
     device = next(model.parameters()).device
@@ -281,7 +328,13 @@ def values(
     return v, q
 
 
+def _check_language(language: Language) -> None:
+    has(language, "language", "what language() returns", *Language._fields, "num_states")
+
+
 def _log_table(logits: Tensor, language: Language) -> Tensor:
+    _check_language(language)
+    floats(logits=logits)
     _check_shape(logits, "logits", (language.num_states, language.vocabulary))
     table = logits.log_softmax(-1)
     if table.isnan().any():
@@ -395,6 +448,7 @@ def best_of_n(log_probs: Tensor, scores: Tensor, n: int) -> Tensor:
     Source: Beirami et al. 2024, "Theoretical Guarantees on the Best-of-n Alignment Policy", section
         2 (there without ties).
     """
+    check_tensor(scores, "scores")
     same_shape(log_probs=log_probs, scores=scores)
     _check_distributions(log_probs=log_probs)
     _check_shape(log_probs, "log_probs", log_probs.shape[-1:])
@@ -416,15 +470,16 @@ def best_of_n(log_probs: Tensor, scores: Tensor, n: int) -> Tensor:
 
 
 def _check_objective(rewards: Tensor, beta: float, **log_probs: Tensor) -> None:
+    in_range(beta, "beta", 0.0, open_low=True)
     _check_distributions(**log_probs)
+    check_tensor(rewards, "rewards")
     same_shape(ref_log_probs=log_probs["ref_log_probs"], rewards=rewards)
     finite(rewards, "rewards")
-    if not 0 < beta < math.inf:
-        raise ValueError(f"beta={beta} must be a finite number > 0")
 
 
 def _check_distributions(**log_probs: Tensor) -> None:
     """Raise ValueError unless all are log-probabilities of the same number of sequences."""
+    floats(**log_probs)
     sizes = {name: tuple(each.shape[-1:]) for name, each in log_probs.items()}
     if len(set(sizes.values())) > 1 or () in sizes.values() or (0,) in sizes.values():
         shapes = ", ".join(f"{name} {tuple(each.shape)}" for name, each in log_probs.items())
@@ -442,6 +497,7 @@ def _check_distributions(**log_probs: Tensor) -> None:
 
 
 def _check_shape(tensor: Tensor, name: str, shape: tuple[int, ...]) -> None:
+    floats(**{name: tensor})
     if tensor.shape != shape:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; pass {tuple(shape)}")
 
@@ -466,7 +522,9 @@ def utilities(language: Language, seed: int = 0, structure: float = 0.0) -> Tens
     Returns: [Y], float64; over the sequences, the variance is about 1.
     Raises: ValueError if structure is out of range.
     """
+    _check_language(language)
     in_range(structure, "structure", 0.0, 1.0)
+    check_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     draw = {"generator": generator, "dtype": torch.float64}
     independent = torch.randn(len(language.tokens), **draw)
@@ -491,6 +549,7 @@ def draw_pairs(log_probs: Tensor, n: int, generator: torch.Generator) -> tuple[T
     _check_distributions(log_probs=log_probs)
     _check_shape(log_probs, "log_probs", log_probs.shape[-1:])
     in_range(n, "n", 1)
+    check_generator(generator, log_probs.device)
     probs = log_probs.detach().double().exp()
     same = probs.square().sum().item()
     if same > 0.99:
@@ -519,7 +578,12 @@ def label_pairs(
     Raises: ValueError on unequal shapes, a number that is no sequence's, a utility that is not
         finite.
     """
+    integers(first=first, second=second)
     same_shape(first=first, second=second)
+    floats(utilities=utilities)
+    if utilities.dim() != 1:
+        raise ValueError(f"utilities has shape {tuple(utilities.shape)}; pass [sequences]")
+    check_generator(generator, utilities.device)
     finite(utilities, "utilities")
     for name, numbers in (("first", first), ("second", second)):
         if numbers.numel() and not 0 <= numbers.min() <= numbers.max() < len(utilities):
@@ -546,7 +610,10 @@ def tokenizer(language: Language) -> PreTrainedTokenizerFast:
     Raises: ValueError if the alphabet has fewer letters than the language.
     """
     words = ["<end>", *_letters(language)]
-    model = Tokenizer(WordLevel({word: token for token, word in enumerate(words)}))
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    model = Tokenizer(models.WordLevel({word: token for token, word in enumerate(words)}))
     model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     roles = dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<end>")
     return PreTrainedTokenizerFast(tokenizer_object=model, padding_side="left", **roles)
@@ -563,6 +630,7 @@ def reward(language: Language, utilities: Tensor) -> Callable[..., list[float]]:
     Returns: a reward function; it raises ValueError on a completion that is no sequence, naming it.
     Raises: ValueError on a wrong shape, a utility that is not finite, or too few letters.
     """
+    _check_language(language)
     _check_shape(utilities, "utilities", (len(language.tokens),))
     finite(utilities, "utilities")
     words = ["", *_letters(language)]
@@ -582,6 +650,7 @@ def reward(language: Language, utilities: Tensor) -> Callable[..., list[float]]:
 
 
 def _letters(language: Language) -> str:
+    _check_language(language)
     most = len(string.ascii_lowercase)
     if language.vocabulary - 1 > most:
         raise ValueError(

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable
 from functools import cache
 
-from rlhf_helpers._validate import in_range, one_of
+from rlhf_helpers._validate import check_seed, check_text, has, in_range, one_of
 from rlhf_helpers.worlds.reviews import SPLITS, Instruction
 
 TOPICS = (
@@ -61,6 +61,7 @@ def _clean(text: str) -> str:
 
 def _draw(found: list, n: int, seed: int) -> list:
     in_range(n, "n", 1, len(found))
+    check_seed(seed)
     return random.Random(seed).sample(found, n)
 
 
@@ -124,11 +125,14 @@ def _topics(text: str) -> list[str]:
 
 def follows(instruction: Instruction, completion: str) -> bool:
     """Whether a completion mentions the topic that was asked for, as a word."""
+    has(instruction, "instruction", "an Instruction", "topic")
+    check_text(completion, "completion")
     return instruction.topic in _topics(completion)
 
 
 def surprise(instructions: Iterable[Instruction]) -> list[float]:
     """NaN for each: nobody knows how probable a response was."""
+    has(instructions, "instructions", "a list of Instructions", "__iter__")
     return [math.nan for _ in instructions]
 
 

@@ -6,12 +6,13 @@ A policy is a table of probabilities [S, A]: one row a state. S states, A action
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from rlhf_helpers._validate import finite, in_range
+from rlhf_helpers._validate import finite, floats, has, in_range
 from rlhf_helpers.kl import exact_kl
 
 
@@ -34,6 +35,11 @@ class MDP:
     gamma: float
 
     def __post_init__(self) -> None:
+        floats(transitions=self.transitions, rewards=self.rewards, start=self.start)
+        if self.rewards.dim() != 2:
+            raise ValueError(
+                f"rewards has shape {tuple(self.rewards.shape)}; pass [states, actions]"
+            )
         states, actions = self.rewards.shape
         if self.transitions.shape != (states, actions, states) or self.start.shape != (states,):
             raise ValueError(
@@ -44,7 +50,10 @@ class MDP:
         finite(self.rewards, "rewards")
         _check_distribution(self.transitions, "transitions")
         _check_distribution(self.start, "start")
-        if not 0 <= self.gamma < 1:
+        for name in ("transitions", "start"):
+            _check_dtype(getattr(self, name), name, self.rewards)
+        in_range(self.gamma, "gamma", 0.0, math.inf)
+        if self.gamma >= 1:
             raise ValueError(
                 f"gamma={self.gamma} must lie in [0, 1): without an end, γ = 1 has no finite value"
             )
@@ -73,6 +82,7 @@ def visitation(mdp: MDP, policy: Tensor) -> Tensor:
 
 def objective(mdp: MDP, policy: Tensor) -> Tensor:
     """J(π) = Σ_s start(s)·V_π(s), the expected discounted return. policy [S, A] -> scalar."""
+    _check_policy(mdp, policy, "policy")
     return mdp.start @ state_values(mdp, policy)
 
 
@@ -103,6 +113,7 @@ def lower_bound(mdp: MDP, policy: Tensor, new_policy: Tensor) -> Tensor:
     Raises: ValueError if a policy is no table of distributions.
     Source: Schulman et al. 2015, "Trust Region Policy Optimization", theorem 1 and equation 9.
     """
+    _check_policy(mdp, new_policy, "new_policy")
     worst = advantages(mdp, policy).abs().max()
     penalty = 4 * worst * mdp.gamma / (1 - mdp.gamma) ** 2
     return (
@@ -142,11 +153,21 @@ def _step_matrix(mdp: MDP, policy: Tensor) -> Tensor:
 
 
 def _check_policy(mdp: MDP, policy: Tensor, name: str) -> None:
+    has(mdp, "mdp", "an MDP", "transitions", "rewards", "start", "gamma")
+    floats(**{name: policy})
+    _check_dtype(policy, name, mdp.rewards)
     if policy.shape != mdp.rewards.shape:
         raise ValueError(
             f"{name} has shape {tuple(policy.shape)}; pass probabilities {tuple(mdp.rewards.shape)}"
         )
     _check_distribution(policy, name)
+
+
+def _check_dtype(given: Tensor, name: str, rewards: Tensor) -> None:
+    if given.dtype != rewards.dtype:
+        raise ValueError(
+            f"{name} has dtype {given.dtype}, the rewards have {rewards.dtype}; make them equal"
+        )
 
 
 def _check_distribution(probs: Tensor, name: str) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import NamedTuple
 
-from rlhf_helpers._validate import in_range, one_of
+from rlhf_helpers._validate import check_seed, check_text, check_texts, has, in_range, one_of
 
 SPLITS = ("train", "validation", "held_out")
 VALENCES = (-2, -1, 0, 1, 2)
@@ -260,7 +260,10 @@ class Choices:
 
 def stars_of(valences: Iterable[int]) -> int:
     """3 plus the mean valence, rounded half away from zero: 1 to 5."""
+    has(valences, "valences", "numbers from −2 to 2", "__iter__")
     valences = list(valences)
+    if not valences:
+        raise ValueError("valences is empty; pass at least one number from −2 to 2")
     total, count = sum(valences), len(valences)
     size = (2 * abs(total) + count) // (2 * count)
     return 3 + (size if total >= 0 else -size)
@@ -322,6 +325,7 @@ def _films() -> dict[str, Film]:
 
 def split_of(film: Film) -> str:
     """The split a film belongs to: one in twenty is held out, one in twenty for validation."""
+    has(film, "film", "a Film", *Film._fields)
     bucket = zlib.crc32(str(film).encode()) % 20
     return {0: "held_out", 1: "validation"}.get(bucket, "train")
 
@@ -336,6 +340,7 @@ def aspects_of(film: Film | None) -> list[str]:
     hero."""
     if film is None:
         return list(ASPECTS)
+    has(film, "film", "a Film", *Film._fields)
     return [*ASPECTS, GENRES[film.genre][1], SUBJECTS[film.subject]]
 
 
@@ -496,6 +501,7 @@ def stream(seed: int = 0, split: str = "train") -> Iterator[Review]:
     Raises: ValueError on an unknown split.
     """
     one_of(split, SPLITS, "split")
+    check_seed(seed)
     rng = random.Random(f"{split} {seed}")
     films = _films_of(split)
     while True:
@@ -536,6 +542,7 @@ def openings(split: str, n: int, seed: int = 0) -> list[str]:
     Raises: ValueError on an unknown split or n < 1.
     """
     one_of(split, SPLITS, "split")
+    check_seed(seed)
     rng = random.Random(f"openings {split} {seed}")
     films, found = _films_of(split), {}
     limit = len(films) * len(_openings().values)
@@ -554,6 +561,7 @@ def instructions(split: str, n: int, seed: int = 0) -> list[Instruction]:
     Raises: ValueError on an unknown split or n < 1.
     """
     one_of(split, SPLITS, "split")
+    check_seed(seed)
     rng = random.Random(f"instructions {split} {seed}")
     found = []
     for _ in range(_positive(n)):
@@ -628,6 +636,7 @@ def _read_opening(text: str) -> tuple[str, str, Film, str, int] | None:
 def parse(text: str) -> Review | None:
     """The derivation of a whole review that begins with an opening; None if the grammar cannot
     write it."""
+    check_text(text, "text")
     head = _read_opening(text)
     if head is None:
         return None
@@ -676,6 +685,7 @@ def parse_response(text: str, topic: str | None = None) -> Review | None:
 
     Its `log_prob` is that of the text given its stars and its topic, the first aspect it judges.
     """
+    check_text(text, "text")
     read = _read_body(f" {text}", None)
     if read is None or topic not in (None, read[1][0].aspect):
         return None
@@ -688,6 +698,8 @@ def parse_response(text: str, topic: str | None = None) -> Review | None:
 
 def follows(instruction: Instruction, completion: str) -> bool:
     """Whether a completion is a review that begins with the topic and has the stars asked for."""
+    has(instruction, "instruction", "an Instruction", "topic", "stars")
+    check_text(completion, "completion")
     review = parse_response(completion, instruction.topic)
     return review is not None and review.stars == instruction.stars
 
@@ -695,6 +707,10 @@ def follows(instruction: Instruction, completion: str) -> bool:
 def surprise(instructions: Iterable[Instruction]) -> list[float]:
     """−log P(response | stars, topic) under the grammar, nats: no model can be less surprised on
     average."""
+    has(instructions, "instructions", "a list of Instructions", "__iter__")
+    instructions = list(instructions)
+    for index, one in enumerate(instructions):
+        has(one, f"instructions[{index}]", "an Instruction", "response", "topic")
     read = (parse_response(one.response, one.topic) for one in instructions)
     return [math.inf if one is None else -one.log_prob for one in read]
 
@@ -731,6 +747,7 @@ def quality(prompts: list[str], completions: list[str], **columns: object) -> li
     nothing. A sentence that the grammar could not have written says nothing and counts 0, and so
     does a completion without any. The prompt tells which film is meant, if it is an opening.
     """
+    check_texts(prompts=prompts, completions=completions)
     scored = []
     for prompt, completion in zip(prompts, completions, strict=True):
         head = _read_opening(prompt)

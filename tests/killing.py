@@ -2,7 +2,18 @@
 
 import os
 import signal
+import stat
 import sys
+
+import pytest
+
+needs_fork = pytest.mark.skipif(
+    not hasattr(os, "fork"), reason="copies this process, and kills the copy by a signal"
+)
+
+
+def is_folder(descriptor):
+    return stat.S_ISDIR(os.fstat(descriptor).st_mode)
 
 
 def die():
@@ -40,7 +51,7 @@ def tear_a_write(n, share):
     def cut_and_die(descriptor):
         nonlocal count
         count += 1
-        if count < n or os.path.isdir(f"/proc/self/fd/{descriptor}"):
+        if count < n or is_folder(descriptor):
             return fsync(descriptor)
         os.ftruncate(descriptor, int(share * os.fstat(descriptor).st_size))
         return die()

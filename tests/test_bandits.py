@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_helpers.worlds.bandits import GaussianBandit, LinearBandit, fan, ten_arms
+from rlhf_helpers.worlds.bandits import GaussianBandit, LinearBandit, fan, stretched, ten_arms
 
 MEANS = torch.tensor([1.0, 2.0, 0.0], dtype=torch.float64)
 LOGITS = torch.log(torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64))
@@ -113,6 +113,27 @@ def test_linear_optimum_is_what_the_best_policy_earns():
     )
 
 
+def test_stretching_changes_the_scales_of_a_context_and_not_what_the_arms_pay():
+    """Oracle: the sample covariance of 400,000 contexts has the eigenvalues 10^(−2·decades·i/(D −
+    1)), and each arm's mean reward is a standard normal number, as the direction of length 1 says.
+    """
+    bandit = stretched(arms=5, size=4, decades=1.5, seed=3)
+    contexts = bandit.contexts(400_000, generator=generator(1))
+    spreads = torch.linalg.eigvalsh(torch.cov(contexts.T)).flip(0)
+    expected = 10.0 ** torch.tensor([0.0, -1.0, -2.0, -3.0], dtype=torch.float64)
+    torch.testing.assert_close(spreads, expected, rtol=0.01, atol=0)
+    pays = bandit.mean_rewards(contexts)
+    torch.testing.assert_close(pays.std(0), torch.ones(5, dtype=torch.float64), rtol=0, atol=0.01)
+    torch.testing.assert_close(pays.mean(0), torch.zeros(5).double(), rtol=0, atol=0.01)
+
+
+def test_without_a_stretch_the_contexts_are_standard_normal():
+    """Oracle: an orthogonal mixing of equal scales is the identity."""
+    bandit = stretched(decades=0.0)
+    torch.testing.assert_close(bandit.mixing, torch.eye(8, dtype=torch.float64))
+    torch.testing.assert_close(bandit.weights.norm(dim=1), torch.ones(8, dtype=torch.float64))
+
+
 def test_linear_pulls_and_expected_reward_agree():
     """Oracle: the mean of many pulls of a fixed policy, against the exact expected reward."""
     bandit = fan(5, noise_std=0.5)
@@ -142,6 +163,12 @@ def test_linear_pulls_and_expected_reward_agree():
             ),
             "actions",
         ),
+        (lambda: stretched(arms=1), "arms"),
+        (lambda: stretched(size=0), "size"),
+        (lambda: stretched(decades=-1.0), "decades"),
+        (lambda: LinearBandit(torch.eye(2), mixing=torch.eye(3)), "mixing"),
+        (lambda: LinearBandit(torch.eye(2), mixing=torch.full((2, 2), math.nan)), "mixing"),
+        (lambda: stretched(size=2).optimal_value(), "mixing"),
         (lambda: fan(1), "arms"),
         (lambda: ten_arms(0), "runs"),
     ],

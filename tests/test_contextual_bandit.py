@@ -90,6 +90,40 @@ def test_first_steps_of_all_gradient_methods_agree():
     )
 
 
+def test_a_second_step_begins_with_no_gradient():
+    """Oracle: two steps of plain gradient descent on the definitions, by autograd through
+    torch.distributions."""
+    policy, batch = rollout(runs=2)
+    weight = torch.tensor([0.5, 3.0], dtype=torch.float64)
+
+    def loss(p, method):
+        logits = torch.einsum("rkd,rnd->rnk", p, batch.contexts)
+        new = torch.distributions.Categorical(logits=logits)
+        old = torch.distributions.Categorical(logits=batch.old_logits)
+        log_probs, a = new.log_prob(batch.actions), batch.advantages
+        ratio = (log_probs - batch.old_log_probs).exp()
+        if method == "reinforce":
+            return -(log_probs * a).mean()
+        if method == "ppo_clip":
+            return -torch.minimum(ratio * a, ratio.clamp(0.9, 1.1) * a).mean()
+        kl = torch.distributions.kl_divergence(old, new).mean(1)
+        return (weight * kl).mean() - (ratio * a).mean()
+
+    updates = {
+        "reinforce": lambda p, o: cb.reinforce_update(p, o, batch),
+        "ppo_clip": lambda p, o: cb.ppo_clip_update(p, o, batch, 0.1),
+        "ppo_penalty": lambda p, o: cb.ppo_penalty_update(p, o, batch, weight),
+    }
+    for method, update in updates.items():
+        mine, plain = policy.clone().requires_grad_(), policy.clone().requires_grad_()
+        optimizer = torch.optim.SGD([mine], lr=0.5)
+        for _ in range(2):
+            update(mine, optimizer)
+            slope = torch.autograd.grad(loss(plain, method), plain)[0]
+            plain = (plain - 0.5 * slope).detach().requires_grad_()
+        torch.testing.assert_close(mine.detach(), plain.detach(), msg=method)
+
+
 def test_gradient_norms_are_those_of_single_runs():
     """Oracle: each run by itself."""
     policy, batch = rollout(runs=3)
@@ -110,6 +144,12 @@ def test_minibatches_cut_the_rollout_without_loss():
     for part in parts:
         again = torch.distributions.Categorical(logits=part.old_logits).log_prob(part.actions)
         torch.testing.assert_close(again, part.old_log_probs)
+    assert joined.tolist() != batch.old_log_probs.tolist()  # in another order
+    torch.manual_seed(1)
+    twice = torch.cat(
+        [p.old_log_probs for p in cb.minibatches(batch, 3, torch.Generator().manual_seed(0))], 1
+    )
+    assert torch.equal(twice, joined)
 
 
 @pytest.mark.equation("eq:trpo-step")
@@ -183,6 +223,39 @@ def test_trpo_stays_where_it_is_when_nothing_can_be_learned():
     assert torch.equal(still.detach(), policy)
 
 
+@pytest.mark.equation("eq:trpo-step")
+def test_trpo_goes_back_when_no_step_helps():
+    """Oracle: the policy before, to the bit, wherever the share is 0. The region is so large that
+    the quadratic model says nothing there, and only the full step is tried."""
+    shares = []
+    for seed in range(20):
+        policy, batch = rollout(seed=seed, size=8, spread=3.0)
+        moved = policy.clone().requires_grad_()
+        shares.append(cb.trpo_update(moved, batch, 0.5, backtracks=1))
+        assert torch.equal(moved.detach(), policy) == (shares[-1] == 0.0)
+    assert 0.0 in shares
+
+
+def test_the_coefficient_of_the_penalty_by_hand(monkeypatch):
+    """Oracle: β·(1 + KL/target − 1, at most 0.2 from 1), Ziegler et al. 2019, with a horizon of one
+    rollout."""
+    update, used = cb.ppo_penalty_update, []
+
+    def recorded(policy, optimizer, batch, coefficients):
+        used.append(coefficients)
+        update(policy, optimizer, batch, coefficients)
+
+    monkeypatch.setattr(cb, "ppo_penalty_update", recorded)
+    settings = {"iterations": 4, "epochs": 2, "batch_size": 16, "target_kl": 0.07}
+    _, history = learn(method="ppo_penalty", **settings)
+    wanted = torch.ones(3, dtype=torch.float64)
+    for iteration, one in enumerate(history):
+        assert torch.allclose(used[2 * iteration], wanted)
+        wanted = wanted * (1 + (one.step_kl / 0.07 - 1).clamp(-0.2, 0.2))
+    assert len(used) == 8
+    assert not torch.allclose(used[0], used[-1])
+
+
 def test_penalty_gradient_is_that_of_its_definition():
     """Oracle: autograd through KL(π_old‖π) and the ratio as torch.distributions give them."""
     policy, _ = rollout(runs=2)
@@ -210,6 +283,15 @@ def test_penalty_coefficient_steers_the_kl_towards_its_target():
     wide = learn(method="ppo_penalty", target_kl=0.2, epochs=8)[1]
     mean = [torch.stack([m.step_kl for m in history[10:]]).mean() for history in (narrow, wide)]
     assert mean[0] < mean[1]
+
+
+def test_trpo_keeps_to_the_region_of_the_settings():
+    """Oracle: the exact KL of each step, which a region ten times as large lets grow."""
+    for target in (0.02, 0.2):
+        _, history = learn(method="trpo", target_kl=target, iterations=3, batch_size=16)
+        found = torch.stack([one.step_kl for one in history])
+        assert 0.1 * target < found.max() <= target
+        assert target == 0.02 or found.max() > 0.05
 
 
 def test_metrics_are_what_they_say():
@@ -269,12 +351,13 @@ def test_a_policy_that_does_not_fit_is_named():
 def test_a_run_takes_no_further_step_once_it_is_beyond_stop_kl():
     """Oracle: a loop over one run at a time, with an optimizer of its own, that ends its passes."""
     bandit, runs, stop = fan(8), 3, 0.02
-    config = cb.Config(iterations=4, batch_size=16, epochs=12, learning_rate=0.05, stop_kl=stop)
+    sizes = {"iterations": 4, "batch_size": 16, "epochs": 12, "learning_rate": 0.06}
+    config = cb.Config(**sizes, stop_kl=stop, clip=0.1)
     together = torch.zeros(runs, 8, 2, dtype=torch.float64)
     history = list(cb.train(together, bandit, config))
     generator = torch.Generator().manual_seed(config.seed)
     alone = [torch.zeros(1, 8, 2, dtype=torch.float64, requires_grad=True) for _ in range(runs)]
-    optimizers = [torch.optim.Adam([one], lr=0.05) for one in alone]
+    optimizers = [torch.optim.Adam([one], lr=0.06) for one in alone]
     counts = []
     for _ in range(config.iterations):
         rollout = cb.collect(torch.cat(alone), bandit, 16, generator)
@@ -290,7 +373,8 @@ def test_a_run_takes_no_further_step_once_it_is_beyond_stop_kl():
                     continue
                 # the loss of R runs is the mean over all
                 log_probs = cb.token_log_probs(new, part.actions)
-                loss = cb.ppo_clip_loss(log_probs, part.old_log_probs, part.advantages).loss / runs
+                where = (log_probs, part.old_log_probs, part.advantages, None, 0.1)
+                loss = cb.ppo_clip_loss(*where).loss / runs
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

@@ -411,6 +411,22 @@ def test_a_stale_cache_is_refused_and_kept(case, tmp_path):
     assert path.read_bytes() == before
 
 
+def test_a_cache_that_is_half_written_has_another_name(tmp_path, monkeypatch):
+    """Oracle: what stands under the path after a write that broke off, and the next call."""
+    model, path = build("gpt2"), tmp_path / "reference.safetensors"
+
+    def full(tensors, where, **_):
+        where.write_bytes(b"half")
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dpo, "save_file", full)
+        with pytest.raises(OSError, match="no space left"):
+            dpo.cached_log_probs(path, model, EXAMPLES, EOS)
+    assert not path.exists()
+    dpo.cached_log_probs(path, model, EXAMPLES, EOS)
+
+
 def test_every_byte_of_a_cache_counts(tmp_path):
     """Each byte changed in turn: refused by name, or the same numbers."""
     model, path = build("gpt2"), tmp_path / "reference.safetensors"
@@ -464,13 +480,13 @@ def test_the_reference_of_an_adapter_is_the_model_under_it(tokenizer):
     policy = lora_policy(copy.deepcopy(base))
     data = dpo.encode(tokenizer, DATA)
     config = Config(batch_size=4, epochs=6, learning_rate=1e-2, max_new_tokens=8)
-    *_, last = dpo.train(policy, tokenizer, data, config, held_out=data[:2])
+    *_, last = dpo.train(policy, tokenizer, data, config, held_out=data[1:3])
     with torch.no_grad():
         now = torch.stack(
-            [torch.stack([alone(policy, e.prompt, s) for s in e[1:3]]) for e in data[:2]]
+            [torch.stack([alone(policy, e.prompt, s) for s in e[1:3]]) for e in data[1:3]]
         )
         then = torch.stack(
-            [torch.stack([alone(base, e.prompt, s) for s in e[1:3]]) for e in data[:2]]
+            [torch.stack([alone(base, e.prompt, s) for s in e[1:3]]) for e in data[1:3]]
         )
     margin = config.beta * ((now - then)[:, 0] - (now - then)[:, 1]).mean()
     assert last.held_out.margin == pytest.approx(margin.item(), abs=1e-4)
@@ -641,6 +657,48 @@ def test_what_rejection_sampling_keeps_comes_from_the_optimal_policy():
     assert not ((share - reference.exp()).abs() < 4.5 * error + 1e-4).all()
 
 
+def test_the_best_sample_of_each_prompt_is_kept_however_well_others_do():
+    """Oracle: by hand; the prompts are 50 apart, and the chance of a sample next to the best."""
+    scores = normal(2, 4000).clamp(max=2.0) + torch.tensor([[0.0], [50.0]])
+    scores[:, 0] += torch.tensor([2.0, 52.0]) - scores[:, 0]
+    found = []
+    for state in (1, 2):
+        torch.manual_seed(state)
+        found.append(dpo.accept(scores, 0.5, torch.Generator().manual_seed(0)))
+    assert torch.equal(*found)
+    assert found[0][:, 0].all()
+    chance = ((scores - torch.tensor([[2.0], [52.0]])) / 0.5).exp()
+    error = (chance * (1 - chance)).sum(1).sqrt()
+    assert ((found[0].sum(1) - chance.sum(1)).abs() < 4 * error).all()
+
+
+def test_sampling_uses_no_luck_but_its_own():
+    """Oracle: the same call again, after draws from the global generator; another seed."""
+    language, policy, _, utilities, _ = exact_case()
+    tokenizer, judge = enumerable.tokenizer(language), enumerable.reward(language, utilities)
+    frozen = models.reference(enumerable.small_gpt2(4, 2, seed=1, spread=0.5))
+    found = []
+    for seed, state in [(0, 1), (0, 2), (1, 1)]:
+        torch.manual_seed(state)
+        config = Config(beta=2.0, samples_per_prompt=8, max_new_tokens=2, seed=seed)
+        pairs = dpo.rejection_sampled(policy, tokenizer, [""] * 20, judge, config)
+        found.append((pairs, dpo.sampled_kl(policy, frozen, tokenizer, [[0]] * 20, config)))
+    assert found[0] == found[1]
+    assert all(one != other for one, other in zip(found[0], found[2], strict=True))
+
+
+def test_soft_labels_count_in_what_is_said_of_held_out_pairs(tokenizer):
+    """Oracle: the cross-entropy of the label, by hand."""
+    policy = moved()
+    data = [e._replace(preference=0.75) for e in dpo.encode(tokenizer, DATA)]
+    log_probs, reference = (dpo.reference_log_probs(m, data, EOS) for m in (policy, build("gpt2")))
+    gaps = 0.5 * (log_probs - reference)
+    p = torch.sigmoid(gaps[:, 0] - gaps[:, 1])
+    found = dpo.evaluate(policy, data, reference, EOS, Config(beta=0.5))
+    wanted = -(0.75 * p.log() + 0.25 * (1 - p).log()).mean().item()
+    assert found.loss == pytest.approx(wanted, abs=1e-5)
+
+
 def test_rejection_sampled_pairs_are_labelled_by_the_judge():
     """Oracle: the utilities of the two sequences, by hand."""
     language, policy, _, utilities, _ = exact_case()
@@ -709,6 +767,7 @@ def test_bad_pairs_are_named(tokenizer):
         ([], "data is empty"),
         ([Comparison("a", ("b", "c", "d"))], r"data\[0\] has 3 responses"),
         ([DATA[0], Comparison("a", ("b", "c"), margin=1.0)], r"data\[1\] has a margin"),
+        ([DATA[0]._replace(weight=2.0)], r"data\[0\] has a margin or a weight"),
         ([Comparison("a", ("b", ""))], "empty response"),
     ]
     for data, message in cases:

@@ -22,6 +22,15 @@ HOSTILE = [
     "for $5 or $6, **so** _so_",
 ]
 
+# Whole runs of the loops take minutes and show nothing more here than short ones.
+SHORT = """
+from rlhf_helpers.algorithms import dpo, grpo, ppo, sft
+ppo.AT_SCALE["gpt2"] |= {"iterations": 8, "max_new_tokens": 16}
+grpo.AT_SCALE["gpt2"] |= {"iterations": 8}
+dpo.AT_SCALE["gpt2"] |= {"max_new_tokens": 16}
+sft.EXAMPLES["gpt2"] = 400
+"""
+
 pytestmark = pytest.mark.slow
 
 
@@ -34,6 +43,16 @@ def hub(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def short_runs(tmp_path, monkeypatch):
+    """Every kernel shortens the runs before its first cell."""
+    startup = tmp_path / "profile_default" / "startup"
+    startup.mkdir(parents=True)
+    (startup / "short.py").write_text(SHORT, encoding="utf-8")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+
+
+@pytest.mark.usefixtures("short_runs")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs_from_a_hub_cache(path, hub, monkeypatch):
     for name in [name for name in os.environ if name.startswith("HF_")]:

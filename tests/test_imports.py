@@ -19,7 +19,7 @@ MATHEMATICS = set(build_equations.MATHEMATICS)
 LAYERS = [
     MATHEMATICS,
     {"settings", "checkpoint", "costs"},
-    {"models", "rollout", "worlds"},
+    {"models", "rollout", "worlds", "conversations"},
     {"preferences", "rewards"},
     {"algorithms"},
     {"scale_out"},

@@ -222,6 +222,31 @@ def test_an_answer_is_flushed_to_the_disk_before_it_counts_as_saved(path, monkey
     assert [len(content.splitlines()) for content in flushed] == [1, 2]
 
 
+@pytest.mark.skipif(labelling.fcntl is None, reason="needs locks of files")
+def test_a_session_holds_the_lock_while_it_mends_and_writes(path, monkeypatch):
+    """Oracle: the system itself: a second descriptor cannot have the lock meanwhile, and can
+    afterwards."""
+
+    def free():
+        with open(path, "rb") as other:
+            try:
+                labelling.fcntl.flock(other, labelling.fcntl.LOCK_EX | labelling.fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+        return True
+
+    session, held = Session(PAIRS, path), {"_mend": [], "_write": []}
+    for name, seen in held.items():
+        plain = getattr(labelling, name)
+        monkeypatch.setattr(
+            labelling, name, lambda *a, seen=seen, plain=plain: seen.append(not free()) or plain(*a)
+        )
+    answer(session, 1)
+    session.undo()
+    assert held == {"_mend": [True, True], "_write": [True, True]}
+    assert free()
+
+
 LOOP = """
 import importlib.util, itertools, sys
 spec = importlib.util.spec_from_file_location("labelling", sys.argv[1])
@@ -243,7 +268,7 @@ def test_a_killed_process_loses_no_answer_that_it_reported_as_saved(path):
     rng, saved = random.Random(0), []
     for _ in range(6):
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
-            saved.append(child.stdout.readline().strip())
+            saved += [child.stdout.readline().strip() for _ in range(2)]
             time.sleep(rng.uniform(0.0, 0.3))
             child.send_signal(signal.SIGKILL)
             saved += child.stdout.read().split("\n")[:-1]
@@ -330,7 +355,7 @@ def test_a_bad_path_is_refused(tmp_path):
 
 def test_bad_answers_and_names_are_refused(path):
     session = Session(PAIRS, path)
-    with pytest.raises(ValueError, match="answer='c' is unknown; use one of a, b, tie, skip"):
+    with pytest.raises(ValueError, match="answer='c' is unknown; use one of 'a', 'b', 'tie'"):
         session.record(session.next(), "c")
     with pytest.raises(ValueError, match="item is not one of the session's pairs"):
         session.record(session.next()._replace(a="other"), "a")

@@ -555,8 +555,8 @@ PLAIN = [Annotator("plain")]
         (lambda: Annotator("x", temperature=0), "temperature=0 must lie in (0.0"),
         (lambda: Annotator("x", noise=1.1), "noise=1.1 must lie in"),
         (lambda: Annotator("x", tie_threshold=-1), "tie_threshold=-1 must lie in"),
-        (lambda: Annotator("x", length_bias=math.nan), "length_bias=nan must be finite"),
-        (lambda: Annotator("x", position_bias=math.inf), "position_bias=inf must be finite"),
+        (lambda: Annotator("x", length_bias=math.nan), "length_bias=nan must lie in"),
+        (lambda: Annotator("x", position_bias=math.inf), "position_bias=inf must lie in"),
         (
             lambda: annotate(["?"], ["a"], ["b", "c"], utility, PLAIN),
             "prompts, first and second have lengths [1, 1, 2]",
@@ -643,6 +643,16 @@ def test_pairs_are_sampled_from_the_policy_and_can_be_compared():
         policy.transformer.ln_f.bias.copy_(1000 * policy.lm_head.weight[tokenizer.eos_token_id])
     with pytest.raises(ValueError, match="two equal responses, or an empty one"):
         preferences.sample_pairs(policy, tokenizer, prompts, 24)
+
+
+def test_pairs_of_equal_responses_are_left_out(monkeypatch):
+    """Oracle: four pairs by hand: two of them are equal, one as text and one but for its
+    spaces."""
+    texts = [" good", " bad", " good", " good", " a", " b", " fine", " fine "]
+    monkeypatch.setattr(preferences, "write", lambda *_, **__: texts)
+    _, tokenizer = models.load(models.TINY)
+    found = preferences.sample_pairs(None, tokenizer, ["p", "q", "r", "s"], 4)
+    assert found == (["p", "r"], [" good", " a"], [" bad", " b"])
 
 
 # --- one rule for what can be compared -----------------------------------------------------------

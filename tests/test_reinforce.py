@@ -68,6 +68,18 @@ def test_running_mean_uses_only_rewards_before_the_batch():
     torch.testing.assert_close(with_mean.detach(), without.detach())
 
 
+def test_the_running_mean_is_that_of_all_earlier_rewards():
+    """Oracle: the steps again, with the mean of the rewards in the history taken by hand."""
+    _, logits, history = run("running_mean", offset=4.0, batch_size=4, runs=3, steps=4)
+    again = torch.zeros(3, 10, dtype=torch.float64, requires_grad=True)
+    earlier = []
+    for one in history:
+        mean = torch.cat(earlier, 1).mean(1, keepdim=True) if earlier else 0.0
+        reinforce.update(again, one.actions, one.rewards - mean, 0.2)
+        earlier.append(one.rewards)
+    torch.testing.assert_close(logits.detach(), again.detach())
+
+
 def test_same_seed_same_weights():
     """Oracle: repetition, bit for bit; another seed differs."""
     assert torch.equal(run("running_mean")[1], run("running_mean")[1])

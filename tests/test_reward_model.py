@@ -59,6 +59,35 @@ def test_the_score_is_that_of_the_text_alone(architecture, side, tokenizer):
     assert len(set(np.round(wanted, 6))) == len(TEXTS)
 
 
+@pytest.mark.parametrize(("side", "row"), [("right", [5, 6, 9]), ("left", [9, 5, 6])])
+def test_the_side_of_the_padding_by_hand(side, row):
+    tokens, mask = rm.collate([[5, 6], [1, 2, 3]], 9, side)
+    assert tokens.tolist() == [row, [1, 2, 3]]
+    assert mask.tolist() == [[int(token != 9) for token in row], [1, 1, 1]]
+
+
+def test_a_text_may_fill_the_context(tokenizer):
+    """Oracle: the library's classifier."""
+    model = reward_model(tokenizer=tokenizer)
+    text = torch.arange(48)[None] % 28
+    found = rm.last_scores(model, text, torch.ones_like(text))
+    model.config.pad_token_id = None
+    assert found.item() == pytest.approx(model(text).logits.item(), abs=1e-5)
+
+
+def test_soft_labels_count_in_the_loss_that_is_measured(tokenizer):
+    """Oracle: the cross-entropy of the label 0.3, by hand; no graph is kept."""
+    model = reward_model(tokenizer=tokenizer)
+    one = Comparison("a b", ("c d e", "f"), preference=0.3)
+    found = rm.scores(model, tokenizer, ["a b"] * 2, list(one.responses))
+    assert not found.requires_grad
+    p = torch.sigmoid(found[0] - found[1]).item()
+    wanted = -0.3 * math.log(p) - 0.7 * math.log(1 - p)
+    assert rm.evaluate(model, tokenizer, [one]).loss == pytest.approx(wanted, abs=1e-5)
+    with pytest.raises(ValueError, match="comparisons of two"):
+        rm.score_gaps(model, tokenizer, [Comparison("a", ("b", "c", "d"))])
+
+
 @pytest.mark.equation("eq:reward-score")
 def test_only_the_last_token_of_a_text_gives_its_score_a_gradient(tokenizer):
     """Oracle: autograd of the library's classifier, one text at a time."""
@@ -81,7 +110,9 @@ def test_a_model_that_has_learned_nothing_scores_zero_and_loses_log_two(tokenize
 def test_the_trunk_is_the_language_models_and_a_copy(tokenizer):
     """Oracle: the hidden states of the language model, before and after the other is changed."""
     language_model = build("gpt2")
+    config = language_model.config.to_dict()
     model, _ = rm.load(language_model, tokenizer)
+    assert language_model.config.to_dict() == config
     tokens = torch.tensor([[1, 2, 3]])
     before = language_model.base_model(tokens).last_hidden_state
     assert torch.equal(model.base_model(tokens).last_hidden_state, before)
@@ -387,6 +418,21 @@ def test_calibration_by_hand():
     assert found.count.tolist() == [2, 2]
     wanted = (0.15 * 2 + 0.15 * 2) / 4
     assert rm.expected_calibration_error(gaps, labels, bins=2) == pytest.approx(wanted)
+
+
+@pytest.mark.equation("eq:calibration-error")
+def test_calibration_by_hand_with_empty_bins_and_a_gap_that_is_certain():
+    """Oracle: a table of four in quarters of the confidence: one in the first, none in the middle,
+    and three in the last, one of which is 1."""
+    gaps = torch.tensor([math.log(0.6 / 0.4), math.log(9.0), 50.0, -math.log(49.0)])
+    labels = torch.tensor([0.0, 1.0, 1.0, 1.0])
+    found = rm.reliability(gaps, labels, bins=4)
+    assert found.count.tolist() == [1, 0, 0, 3]
+    assert found.confidence[[0, 3]].tolist() == pytest.approx([0.6, 2.88 / 3])
+    assert found.confidence[1:3].isnan().all()
+    assert found.accuracy[[0, 3]].tolist() == pytest.approx([0.0, 2 / 3])
+    wanted = (0.6 + 3 * (2.88 - 2.0) / 3) / 4
+    assert rm.expected_calibration_error(gaps, labels, bins=4) == pytest.approx(wanted)
 
 
 @pytest.mark.equation("eq:calibration-error")

@@ -575,7 +575,7 @@ def test_rewards_stay_in_their_range(prompt, completion):
 def test_lists_of_unequal_length_are_refused_where_the_prompt_counts():
     """Oracle: the specification."""
     for reward in (rewards.relevance, rewards.composite):
-        with pytest.raises(ValueError, match="zip"):
+        with pytest.raises(ValueError, match="prompts 1, completions 2"):
             reward(["p"], ["a", "b"])
 
 

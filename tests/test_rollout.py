@@ -5,7 +5,6 @@ import copy
 import gc
 import warnings
 import weakref
-from typing import NamedTuple
 
 import peft
 import pytest
@@ -188,9 +187,15 @@ def test_the_first_ratio_is_one_whatever_the_mode_and_the_mode_comes_back(name):
 
 
 def generated(model, lengths, ends, new=12):
+    """Each prompt alone: old releases of transformers misplace padded prompts of some families."""
     tokens, mask = left_padded(lengths, P)
     options = {"max_new_tokens": new, "do_sample": False, "pad_token_id": EOS}
-    return model.generate(tokens, attention_mask=mask, eos_token_id=ends, **options)
+    rows = []
+    for row, seen, n in zip(tokens[:, None], mask[:, None], lengths, strict=True):
+        alone = {"attention_mask": seen[:, -n:], "eos_token_id": ends, **options}
+        rows.append(model.generate(row[:, -n:], **alone)[0, n:])
+    completions = torch.nn.utils.rnn.pad_sequence(rows, True, EOS)
+    return torch.cat([tokens, completions], dim=1)
 
 
 @pytest.mark.parametrize("lengths", [(6, 2, 4), (6, 6, 6)])
@@ -394,11 +399,7 @@ TOKENS, MASK = left_padded([6, 2, 4], P)
         ({"pad_token_id": VOCABULARY}, "pad_token_id"),
         ({"eos_token_id": [0, -1]}, "eos_token_id"),
         (
-            {
-                "generator": NamedTuple("Elsewhere", [("device", torch.device)])(
-                    torch.device("cuda")
-                )
-            },
+            {"generator": type("Other", (torch.Generator,), {"device": torch.device("cuda")})()},
             "generator is on cuda",
         ),
     ],
@@ -469,6 +470,18 @@ def test_half_precision_records_in_float32():
     expected = logits.log_softmax(-1).gather(-1, out.tokens[:, P:, None]).squeeze(-1)
     assert out.log_probs.dtype == torch.float32
     assert (out.log_probs - expected).abs().max() < 0.2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_large_vocabulary_is_not_rounded_away(dtype):
+    """Oracle: the cumulative distribution of the same logits in float64; a hundred uniform numbers,
+    which rounding in between would send to other tokens."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(50_257, generator=generator).to(dtype)
+    uniforms = torch.rand(100, generator=generator, dtype=torch.float64)
+    wanted = torch.searchsorted(logits.double().softmax(-1).cumsum(-1), uniforms, right=True)
+    found = _choose(logits.expand(100, -1), uniforms, 1.0, 0, 1.0)
+    assert (found == wanted).sum() >= 97
 
 
 def test_all_pairs_of_uniform_numbers_and_weights_pick_the_right_token():

@@ -8,6 +8,7 @@ import torch
 from architectures import CONTEXT, build
 from numbers_and_words import letters
 
+from rlhf_helpers import models, settings
 from rlhf_helpers.algorithms import dpo, grpo, ppo, reward_model, sampling, sft
 from rlhf_helpers.algorithms.reward_model import Comparison
 from rlhf_helpers.worlds import arithmetic
@@ -33,6 +34,16 @@ def test_what_solves_a_problem_is_told_by_its_last_term(monkeypatch):
     assert asked["top_k"] == 0
     sampling.solve(build("gpt2"), None, problems, 2, 16, greedy=True)
     assert asked["top_k"] == 1
+
+
+def test_the_seed_alone_decides_what_solves_a_problem():
+    """Oracle: the same call from another global random state, and with another seed."""
+    policy, tokenizer = models.load(settings.TINY_ARITHMETIC)
+    some, found = arithmetic.sample(8, 2, "held_out"), []
+    for state, seed in ((0, 1), (1, 1), (1, 2)):
+        torch.manual_seed(state)
+        found.append(sampling.solve(policy, tokenizer, some, 8, 8, seed=seed).tolist())
+    assert found[0] == found[1] != found[2]
 
 
 def ones(prompts, completions, **_):

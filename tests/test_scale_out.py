@@ -1072,6 +1072,7 @@ def test_costs_are_renewed_beside_the_curves(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs a signal that cannot be caught")
 def test_a_killed_process_ends_the_run(tmp_path):
     """Oracle: the exit code, and what the launcher says; the run must end long before gloo would
     give up by itself."""

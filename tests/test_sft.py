@@ -180,6 +180,7 @@ def test_surprise_is_one_sequence_at_a_time(model, tokenizer):
         picked = log_probs.gather(1, ids[0, 1:, None])[len(example.prompt) - 1 :]
         assert nats[i].item() == pytest.approx(-picked.sum().item(), abs=1e-9)
         assert tokens[i] == len(example.response)
+    assert not nats.requires_grad
 
 
 @pytest.mark.parametrize(
@@ -213,3 +214,23 @@ def test_a_tokenizer_without_an_end_is_refused():
     plain = PreTrainedTokenizerFast(tokenizer_object=words)
     with pytest.raises(ValueError, match="no end-of-text token"):
         sft.encode(plain, [("a", "b")])
+
+
+def test_held_out_is_measured_when_due_and_every_token_counts_alike(tokenizer):
+    """Oracle: the steps by counting; the cross-entropy by hand from each pair alone."""
+    policy = build("gpt2")
+    config = sft.Config(batch_size=5, epochs=5, evaluate_every=2, learning_rate=1e-2)
+    history = list(sft.train(policy, tokenizer, PAIRS, config, held_out=PAIRS[2:4]))
+    assert [one.step for one in history if one.held_out is not None] == [2, 4, 5]
+    alone = [sft.surprise(policy, tokenizer, [pair]) for pair in PAIRS[2:4]]
+    (a, b), (m, n) = zip(*[(nats.item(), count.item()) for nats, count in alone], strict=True)
+    assert m != n
+    assert history[-1].held_out == pytest.approx((a + b) / (m + n), abs=1e-5)
+    assert history[-1].held_out != pytest.approx((a / m + b / n) / 2, abs=1e-3)
+
+
+def test_a_run_may_be_all_warm_up(tokenizer):
+    """Oracle: by hand, a straight line that ends at the highest rate."""
+    config = sft.Config(batch_size=5, epochs=4, warm_up=1.0, learning_rate=1e-2)
+    rates = [one.learning_rate for one in sft.train(build("gpt2"), tokenizer, PAIRS, config)]
+    assert rates == pytest.approx([0.0025, 0.005, 0.0075, 0.01])

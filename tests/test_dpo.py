@@ -542,6 +542,17 @@ def test_same_seed_same_weights_and_another_order_for_another(tokenizer):
     assert not torch.equal(found[0], found[2])
 
 
+def test_the_kl_is_measured_on_held_out_prompts(tokenizer, monkeypatch):
+    """Oracle: the prompts that were passed, in tokens."""
+    data, held_out = dpo.encode(tokenizer, DATA[:2]), dpo.encode(tokenizer, DATA[2:3])
+    assert held_out[0].prompt not in [one.prompt for one in data]
+    asked = []
+    monkeypatch.setattr(dpo, "sampled_kl", lambda p, f, t, prompts, c: asked.append(prompts) or 0.0)
+    config = dpo.Config(batch_size=1, evaluate_every=1, max_new_tokens=2)
+    list(dpo.train(build("gpt2"), tokenizer, data, config, held_out))
+    assert asked == [[held_out[0].prompt]] * 2
+
+
 def test_the_sampled_kl_is_near_the_exact_one():
     """Oracle: the sum over all sequences."""
     language = enumerable.language(4, 3)

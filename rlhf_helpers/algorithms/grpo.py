@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from rlhf_helpers import checkpoint, conversations, models, rewards
+from rlhf_helpers import conversations, models, rewards
 from rlhf_helpers._validate import all_equal, in_range, one_of
 from rlhf_helpers.advantages import (
     ADVANTAGE_SCALES,
@@ -46,7 +46,7 @@ from rlhf_helpers.algorithms._loop import (
     trained,
     trained_weights,
 )
-from rlhf_helpers.algorithms._resume import identity_of, look_for, restore, state_of
+from rlhf_helpers.algorithms._resume import Kept, go_on, keep, look_up, state_of
 from rlhf_helpers.algorithms.sampling import check_prompt_lengths, respond
 from rlhf_helpers.algorithms.sampling import solve as solve
 from rlhf_helpers.logprobs import completion_log_probs
@@ -456,8 +456,9 @@ def train(
             right answers.
         kinds: the kind of each prompt, e.g. its level; kinds whose groups teach most are then drawn
             most often, see `chances`. None takes the prompts in a random order.
-        folder: where checkpoints are written. If it holds one, the run goes on from there: pass the
-            same arguments, the policy as it was at the start included. A folder is for one run.
+        folder: where checkpoints are written, the last two kept. If it holds one, the run goes on
+            from there: pass the same arguments, the policy as it was at the start included. A
+            folder is for one run. Without one, a run that is killed is lost.
         save_every: iterations from one checkpoint to the next; the last is always kept.
     Yields: Metrics, one an iteration; those of earlier iterations first when a run goes on.
     Raises: ValueError on settings out of range, or as `checkpoint.load`; TrainingStopped, with
@@ -469,23 +470,16 @@ def train(
     prompts, columns = as_list(prompts), as_columns(columns)
     check_prompt_lengths(policy, tokenizer, prompts, config.max_new_tokens)
     kinds = None if kinds is None else as_list(kinds)
-    identity, found = {}, None
-    if folder is not None:
-        data = {"prompts": prompts, "columns": columns, "kinds": kinds}
-        identity = identity_of(config, policy, tokenizer, reward, data)
-        found = look_for(folder, identity)
+    data = {"prompts": prompts, "columns": columns, "kinds": kinds}
+    kept = look_up(folder, save_every, config, policy, tokenizer, data, reward)
     run = start(policy, tokenizer, config)
-    if folder is not None:
-        _restore(run, found)
-        checkpoint.begin(folder, identity["start"])
-        yield from run.history
+    kept = _go_on(kept, run)
+    yield from run.history
     for index in range(len(run.history), config.iterations):
         set_learning_rate(run.optimizer, index, config.iterations, config.warm_up)
         metrics = iterate(run, prompts, reward, config, columns, kinds)
         run.history.append(metrics)
-        due = metrics.iteration % save_every == 0 or metrics.iteration == config.iterations
-        if folder is not None and due:
-            checkpoint.save(folder, metrics.iteration, _state(run), identity)
+        keep(kept, metrics.iteration, config.iterations, lambda: _state(run))
         yield metrics
 
 
@@ -536,18 +530,18 @@ def measure(batch: Batch, config: Config) -> dict[str, float]:
 # --- a run that goes on --------------------------------------------------------------------------
 
 
+def _drawn(run: Run) -> dict[str, Any]:
+    return {"rounds": run.rounds, "learnability": run.learnability}
+
+
 def _state(run: Run) -> dict[str, Any]:
-    drawn = {"rounds": run.rounds, "learnability": run.learnability}
-    return state_of(run, trained_weights(run.policy), **drawn)
+    return state_of(run, trained_weights(run.policy), **_drawn(run))
 
 
-def _restore(run: Run, found: checkpoint.Checkpoint | None) -> None:
-    if found is None:
-        return
-    drawn = {"rounds": run.rounds, "learnability": run.learnability}
-    restore(run, trained_weights(run.policy), found, Metrics, **drawn)
-    run.rounds = found.state["rounds"]
-    run.learnability = found.state["learnability"]
+def _go_on(kept: Kept, run: Run) -> Kept:
+    kept, found = go_on(kept, run, trained_weights(run.policy), Metrics, **_drawn(run))
+    run.rounds, run.learnability = found["rounds"], found["learnability"]
+    return kept
 
 
 def check(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from rlhf_helpers import checkpoint, conversations, models, rewards
+from rlhf_helpers import conversations, models, rewards
 from rlhf_helpers._forward import checked_mask, completion_states
 from rlhf_helpers._validate import as_float, in_range, one_of
 from rlhf_helpers.advantages import discounted_returns, gae, leave_one_out_advantages
@@ -42,7 +42,7 @@ from rlhf_helpers.algorithms._loop import (
     trained,
     trained_weights,
 )
-from rlhf_helpers.algorithms._resume import identity_of, look_for, restore, state_of
+from rlhf_helpers.algorithms._resume import Kept, go_on, keep, look_up, state_of
 from rlhf_helpers.algorithms.sampling import check_prompt_lengths, respond
 from rlhf_helpers.algorithms.sampling import evaluate as evaluate
 from rlhf_helpers.kl import AdaptiveKLController, kl_estimate
@@ -490,8 +490,9 @@ def train(
         value_model: see `start`.
         columns: further columns, as long as `prompts`, that the reward function is given.
         ptx: (prompt, response) pairs for the PPO-ptx term.
-        folder: where checkpoints are written. If it holds one, the run goes on from there: pass the
-            same arguments, the policy as it was at the start included. A folder is for one run.
+        folder: where checkpoints are written, the last two kept. If it holds one, the run goes on
+            from there: pass the same arguments, the policy as it was at the start included. A
+            folder is for one run. Without one, a run that is killed is lost.
         save_every: iterations from one checkpoint to the next; the last is always kept.
     Yields: Metrics, one an iteration; those of earlier iterations first when a run goes on.
     Raises: ValueError on settings out of range, or as `checkpoint.load`; TrainingStopped, with a
@@ -503,17 +504,12 @@ def train(
     in_range(save_every, "save_every", 1)
     prompts, columns = as_list(prompts), as_columns(columns)
     check_prompt_lengths(policy, tokenizer, prompts, config.max_new_tokens)
-    identity, found = {}, None
-    if folder is not None:
-        data = {"prompts": prompts, "columns": columns, "ptx": list(ptx)}
-        identity = identity_of(config, policy, tokenizer, reward, data, value_model)
-        found = look_for(folder, identity)
+    data = {"prompts": prompts, "columns": columns, "ptx": list(ptx)}
+    kept = look_up(folder, save_every, config, policy, tokenizer, data, reward, value_model)
     run = start(policy, tokenizer, config, value_model)
-    if folder is not None:
-        _restore(run, found)
-        checkpoint.begin(folder, identity["start"])
-        yield from run.history
-        diagnose(run.history)
+    kept = _go_on(kept, run)
+    yield from run.history
+    diagnose(run.history)
     examples = sft.encode_fitting(policy, tokenizer, ptx, "ptx pairs") if ptx else ()
     for index in range(len(run.history), config.iterations):
         set_learning_rate(run.optimizer, index, config.iterations, config.warm_up)
@@ -521,9 +517,7 @@ def train(
         some = [prompts[i] for i in chosen]
         metrics = iterate(run, some, reward, config, picked(columns, chosen), examples)
         run.history.append(metrics)
-        due = metrics.iteration % save_every == 0 or metrics.iteration == config.iterations
-        if folder is not None and due:
-            checkpoint.save(folder, metrics.iteration, _state(run), identity)
+        keep(kept, metrics.iteration, config.iterations, lambda: _state(run))
         yield metrics
         diagnose(run.history)
 
@@ -594,13 +588,12 @@ def _state(run: Run) -> dict[str, Any]:
     return state_of(run, _weights(run), kl_coefficient=run.kl_coefficient)
 
 
-def _restore(run: Run, found: checkpoint.Checkpoint | None) -> None:
-    if found is None:
-        return
-    restore(run, _weights(run), found, Metrics, kl_coefficient=run.kl_coefficient)
-    run.kl_coefficient = found.state["kl_coefficient"]
+def _go_on(kept: Kept, run: Run) -> Kept:
+    kept, found = go_on(kept, run, _weights(run), Metrics, kl_coefficient=run.kl_coefficient)
+    run.kl_coefficient = found["kl_coefficient"]
     if run.controller is not None:
         run.controller.coefficient = run.kl_coefficient
+    return kept
 
 
 # --- what stops a run ----------------------------------------------------------------------------

@@ -5,54 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_helpers.book.checks.judge import Function, judge, numbers, vector
+from rlhf_helpers.book.checks.judge import Function, judge, judge_number, numbers, vector
+from rlhf_helpers.worlds.bandits import LinearBandit, stretched
 
-
-def check_clipped_objective(answer: Function) -> None:
-    """Exercise 1: answer(ratio, advantage, clip) -> the clipped objective of one sample."""
-    ratios, advantages = (0.5, 0.9, 1.1, 1.5), (2.0, -1.0)
-    cases = [(ratio, advantage, 0.2) for advantage in advantages for ratio in ratios] + [
-        (1.5, 1.0, 0.3)
-    ]
-
-    def clipped(ratio: float, clip: float) -> float:
-        return min(max(ratio, 1 - clip), 1 + clip)
-
-    def right(ratio: float, advantage: float, clip: float) -> float:
-        return min(ratio * advantage, clipped(ratio, clip) * advantage)
-
-    def split(ratio: float, advantage: float, clip: float) -> float:
-        if advantage > 0:
-            return right(ratio, advantage, clip)
-        moved = min(max(ratio, 1 / (1 + clip)), 1 / (1 - clip))
-        return max(ratio * advantage, moved * advantage)
-
-    judge(
-        answer,
-        right,
-        cases,
-        {
-            "you take the larger of the two; the objective believes the worse one.": (
-                lambda r, a, clip: max(r * a, clipped(r, clip) * a)
-            ),
-            "the clipped term alone: it also stops the gradient where a wrong move needs "
-            "repair.": lambda r, a, clip: clipped(r, clip) * a,
-            "the minimum is taken before the advantage; for a negative advantage the order turns "
-            "round.": (lambda r, a, clip: min(r, clipped(r, clip)) * a),
-            "this is the loss, to minimise; the objective has the other sign.": lambda *x: (
-                -right(*x)
-            ),
-            "the bad samples are unclipped; a bad action that is rare enough must be flat, too.": (
-                lambda r, a, clip: right(r, a, clip) if a > 0 else r * a
-            ),
-            "this is the 'split' objective: for bad samples, too, it is the minimum and the same "
-            "bounds.": (split),
-        },
-    )
+ROLLOUTS = 30
 
 
 def check_four_slopes(answer: Function) -> None:
-    """Exercise 2: answer() -> the slopes in the ratio of the four cases, four numbers."""
+    """Exercise 1: answer() -> the slopes in the ratio of the four cases, four numbers."""
     right = [2.0, 0.0, -2.0, 0.0]
     hints = (
         "compare the ratio with the upper bound of this exercise, 1 + 0.3.",
@@ -97,7 +57,7 @@ def check_four_slopes(answer: Function) -> None:
 
 
 def check_mended_loss(answer: Function) -> None:
-    """Exercise 3: answer(log_probs, old_log_probs, advantages, clip) -> the PPO loss, value and
+    """Exercise 2: answer(log_probs, old_log_probs, advantages, clip) -> the PPO loss, value and
     gradient."""
     old = vector([0.4, 0.4, 0.4, 0.4, 0.4]).log()
     new = vector([0.2, 0.6, 0.2, 0.6, 0.44]).log()
@@ -145,7 +105,7 @@ def check_mended_loss(answer: Function) -> None:
 
 
 def check_effective_sample_size(answer: Function) -> None:
-    """Exercise 4: answer(log_ratios [N]) -> (Σρ)² / Σρ²."""
+    """Exercise 3: answer(log_ratios [N]) -> (Σρ)² / Σρ²."""
     ratios = vector([0.5, 3.0, 1.0, 0.2])
     cases = [(ratios.log(),), (torch.zeros(5, dtype=torch.float64),), (ratios.log() + 800.0,)]
     cases.append((vector([0.0, 0.0, 2000.0]),))  # far apart: here subtracting the mean overflows
@@ -175,3 +135,80 @@ def check_effective_sample_size(answer: Function) -> None:
             ),
         },
     )
+
+
+def check_without_stretch(answer: float | None) -> None:
+    """Exercise 4: in the world without a stretch, do sixteen clipped epochs beat one step clearly?
+    +1 for yes, -1 for no."""
+    judge_number(
+        answer,
+        -1,
+        {"run it: `decades=0.0`, both methods, four rates each; then compare the best of each.": 1},
+    )
+
+
+def check_ppo_loop(answer: Function) -> None:
+    """Exercise 5: answer(collect) -> weights [8, 8], from at most 30 rollouts of 64 pulls.
+
+    Three runs in the stretched world. There one step per rollout earns about 0.8 at its best
+    rate, sixteen steps without a ratio or without a clip at most 0.9, and clipped reuse more than
+    1.0.
+    """
+    world = stretched()
+    earned = []
+    for seed in range(3):
+        rollouts = _Rollouts(world, seed)
+        try:
+            weights = answer(rollouts)
+        except Exception as error:
+            print(f"Not yet: your function raised {type(error).__name__}: {error}")
+            return
+        if weights is None:
+            print(
+                "Not attempted: your function returns nothing yet. Write it, then run this cell"
+                " again."
+            )
+            return
+        if not isinstance(weights, Tensor) or weights.shape != world.weights.shape:
+            print("Not yet: return the weights, a tensor [8, 8]: one row per arm.")
+            return
+        earned.append(_earns(weights.detach().to(world.weights.dtype), world))
+    reward = sum(earned) / len(earned)
+    if not reward > 0.6:  # also NaN
+        print(
+            f"Not yet: your policies earn {reward:.2f} per pull; a policy that knows nothing earns"
+            " about 0. Look at the sign of the loss, and at which actions the log-probabilities"
+            " are of."
+        )
+    elif reward < 0.95:
+        print(
+            f"Not yet: your policies earn {reward:.2f} per pull, about what one step per rollout"
+            " brings. Take sixteen steps on each; keep old_log_probs as collect returns them, so"
+            " that the ratio leaves 1; and clip."
+        )
+    else:
+        print("Right.")
+
+
+class _Rollouts:
+    """What exercise 5 calls to act: each call is one rollout, and there are 30 in a run."""
+
+    def __init__(self, world: LinearBandit, seed: int) -> None:
+        self.world, self.left = world, ROLLOUTS
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if self.left == 0:
+            raise ValueError(f"{ROLLOUTS} rollouts are used up; learn more from each of them")
+        self.left -= 1
+        contexts = self.world.contexts(64, generator=self.generator)
+        weights = weights.detach().to(contexts.dtype)
+        log_probs = (contexts @ weights.T).log_softmax(-1)
+        actions = torch.multinomial(log_probs.exp(), 1, generator=self.generator)
+        rewards = self.world.pull(contexts, actions[:, 0], self.generator)
+        return contexts, actions[:, 0], rewards, log_probs.gather(1, actions)[:, 0]
+
+
+def _earns(weights: Tensor, world: LinearBandit) -> float:
+    contexts = world.contexts(1000, generator=torch.Generator().manual_seed(1_000_003))
+    return world.expected_reward(contexts @ weights.T, contexts).mean().item()

@@ -363,18 +363,14 @@ def test_a_run_takes_no_further_step_once_it_is_beyond_stop_kl():
         rollout = cb.collect(torch.cat(alone), bandit, 16, generator)
         for run, (one, optimizer) in enumerate(zip(alone, optimizers, strict=True)):
             part, steps = cb.Batch(*(field[run : run + 1] for field in rollout)), 0
-            # the moments of a run that waits count as many steps as those of the others
             for _ in range(config.epochs):
                 new = part.contexts @ one.transpose(-1, -2)
                 before = part.old_logits.log_softmax(-1)
                 if (before.exp() * (before - new.log_softmax(-1))).sum(-1).mean() > stop:
-                    if "step" in optimizer.state[one]:
-                        optimizer.state[one]["step"] += 1
-                    continue
-                # the loss of R runs is the mean over all
+                    break
                 log_probs = cb.token_log_probs(new, part.actions)
                 where = (log_probs, part.old_log_probs, part.advantages, None, 0.1)
-                loss = cb.ppo_clip_loss(*where).loss / runs
+                loss = cb.ppo_clip_loss(*where).loss
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

@@ -221,7 +221,7 @@ def test_the_buggy_search_of_the_exercise_is_recognised(capsys):
 
 
 @pytest.mark.parametrize(
-    ("answer", "words"), [(-1, "Right"), (1, "sixteen contexts"), (0, "no ty")]
+    ("answer", "words"), [(-1, "Right"), (1, "one arm pays"), (0, "no ty")]
 )
 def test_without_reward_noise(capsys, answer, words):
     assert words in verdict(capsys, checks.check_without_reward_noise, answer)
@@ -258,6 +258,7 @@ LOOPS = {
     "more than 30 times": lambda collect: natural_steps(collect, calls=31),
     "make them [8, 2]": lambda collect: natural_steps(collect).T,
     "NaN": lambda collect: natural_steps(collect) * float("nan"),
+    "were not learned": lambda collect: 5 * checks.fan(8).weights,
 }
 
 

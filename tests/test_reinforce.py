@@ -60,12 +60,11 @@ def test_leave_one_out_does_not_feel_a_constant_added_to_all_rewards():
     assert (plain - shifted).abs().max() > 0.1
 
 
-def test_running_mean_uses_only_rewards_before_the_batch():
-    """Oracle: with one step there is no past, so the running mean is 0 and the update that of no
-    baseline."""
-    _, with_mean, _ = run("running_mean", steps=1, offset=4.0)
-    _, without, _ = run("none", steps=1, offset=4.0)
-    torch.testing.assert_close(with_mean.detach(), without.detach())
+def test_the_first_batch_only_sets_the_running_mean():
+    """Oracle: the specification: with one step there is no past, and nothing moves, however far the
+    rewards are from zero."""
+    _, logits, _ = run("running_mean", steps=1, offset=40.0)
+    assert not logits.any()
 
 
 def test_the_running_mean_is_that_of_all_earlier_rewards():
@@ -74,7 +73,7 @@ def test_the_running_mean_is_that_of_all_earlier_rewards():
     again = torch.zeros(3, 10, dtype=torch.float64, requires_grad=True)
     earlier = []
     for one in history:
-        mean = torch.cat(earlier, 1).mean(1, keepdim=True) if earlier else 0.0
+        mean = torch.cat(earlier, 1).mean(1, keepdim=True) if earlier else one.rewards
         reinforce.update(again, one.actions, one.rewards - mean, 0.2)
         earlier.append(one.rewards)
     torch.testing.assert_close(logits.detach(), again.detach())

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -245,7 +244,7 @@ def train(policy: Tensor, bandit: LinearBandit, config: Config) -> Iterator[Metr
     """
     _check(policy, bandit, config)
     policy.requires_grad_()
-    optimizer = torch.optim.Adam([policy], lr=config.learning_rate)
+    parts = _parts(policy, config)
     controllers = [AdaptiveKLController(1.0, config.target_kl, config.batch_size) for _ in policy]
     generator = torch.Generator().manual_seed(config.seed)
     held_out = bandit.contexts(1000, generator=torch.Generator().manual_seed(HELD_OUT_SEED))
@@ -257,16 +256,11 @@ def train(policy: Tensor, bandit: LinearBandit, config: Config) -> Iterator[Metr
             trpo_updates(policy, batch, config.target_kl)
         else:
             coefficients = torch.tensor([c.coefficient for c in controllers], dtype=policy.dtype)
-            for _ in range(config.epochs):
-                for part in minibatches(batch, config.minibatches, generator):
-                    stopped = _stopped(policy, batch, config.stop_kl)
-                    with _kept(policy, optimizer, stopped):
-                        if config.method == "reinforce":
-                            reinforce_update(policy, optimizer, part)
-                        elif config.method == "ppo_clip":
-                            ppo_clip_update(policy, optimizer, part, config.clip)
-                        else:
-                            ppo_penalty_update(policy, optimizer, part, coefficients)
+            for rows, part, optimizer in parts:
+                own = Batch(*(field[rows] for field in batch))
+                _passes(part, optimizer, own, config, coefficients[rows], generator)
+                with torch.no_grad():
+                    policy[rows] = part
         metrics = measure(policy, bandit, batch, config, held_out, initial_logits)
         if config.method == "ppo_penalty":
             for controller, kl in zip(controllers, metrics["step_kl"], strict=True):
@@ -274,27 +268,43 @@ def train(policy: Tensor, bandit: LinearBandit, config: Config) -> Iterator[Metr
         yield Metrics(iteration, grad_norm=norms, **metrics)
 
 
-@torch.no_grad()
-def _stopped(policy: Tensor, batch: Batch, stop_kl: float | None) -> Tensor:
-    """Which runs have gone far enough on this rollout: [R], none without a limit."""
-    if stop_kl is None:
-        return torch.zeros(len(policy), dtype=torch.bool)
-    moved = exact_kl(batch.old_logits, policy_logits(policy, batch.contexts)).mean(-1)
-    return moved > stop_kl
+def _parts(
+    policy: Tensor, config: Config
+) -> list[tuple[slice, Tensor, torch.optim.Optimizer]]:
+    """What is optimised together, with its rows of the policy: all runs, or each run by itself
+    where one may stop before the others."""
+    runs = len(policy)
+    rows = [slice(r, r + 1) for r in range(runs)] if config.stop_kl else [slice(0, runs)]
+    found = [policy.detach()[some].clone().requires_grad_() for some in rows]
+    return [
+        (some, part, torch.optim.Adam([part], lr=config.learning_rate))
+        for some, part in zip(rows, found, strict=True)
+    ]
 
 
-@contextmanager
-def _kept(policy: Tensor, optimizer: torch.optim.Optimizer, rows: Tensor) -> Iterator[None]:
-    """Undo for some runs what a step does to weights and moments; all runs share one optimizer."""
-    if not rows.any():
-        yield
-        return
-    state = optimizer.state[policy]
-    tensors = [policy.data, state["exp_avg"], state["exp_avg_sq"]]
-    before = [tensor[rows].clone() for tensor in tensors]
-    yield
-    for tensor, kept in zip(tensors, before, strict=True):
-        tensor[rows] = kept
+def _passes(
+    policy: Tensor,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    config: Config,
+    coefficients: Tensor,
+    generator: torch.Generator,
+) -> None:
+    """All gradient steps on one rollout."""
+    for _ in range(config.epochs):
+        for part in minibatches(batch, config.minibatches, generator):
+            if config.stop_kl is not None:
+                with torch.no_grad():
+                    logits = policy_logits(policy, batch.contexts)
+                    moved = exact_kl(batch.old_logits, logits).mean()
+                if moved > config.stop_kl:
+                    return
+            if config.method == "reinforce":
+                reinforce_update(policy, optimizer, part)
+            elif config.method == "ppo_clip":
+                ppo_clip_update(policy, optimizer, part, config.clip)
+            else:
+                ppo_penalty_update(policy, optimizer, part, coefficients)
 
 
 def gradient_norms(policy: Tensor, batch: Batch) -> Tensor:

@@ -27,7 +27,8 @@ class Config:
         batch_size: pulls an update; "leave_one_out" needs at least 2.
         learning_rate: of plain gradient ascent on the logits.
         baseline: what is subtracted from a reward: "none", "running_mean" (of all rewards before
-            this batch) or "leave_one_out" (the mean of the other rewards of the batch).
+            this batch; the first batch has none before it and moves nothing) or "leave_one_out"
+            (the mean of the other rewards of the batch).
         seed: of the actions and the noise.
     """
 
@@ -84,7 +85,8 @@ def train(logits: Tensor, bandit: GaussianBandit, config: Config) -> Iterator[Me
             advantages = leave_one_out_advantages(rewards.flatten(), config.batch_size)
             advantages = advantages.view_as(rewards)
         elif config.baseline == "running_mean":
-            advantages = rewards - reward_sum / max(1, step * config.batch_size)
+            pulls = step * config.batch_size
+            advantages = rewards - reward_sum / pulls if pulls else torch.zeros_like(rewards)
         else:
             advantages = rewards
         update(logits, actions, advantages, config.learning_rate)

@@ -105,8 +105,8 @@ def check_reinforce(answer: Function) -> None:
     """Exercise 6: answer(pull) -> logits [10]; pull takes arms [N], returns rewards [N]."""
     _judge_loop(
         answer,
-        "it has learned nothing. Are the arms in the loss those that were pulled, and is the step"
-        " taken?",
+        "it has learned nothing. Does each play keep its own loss (reduction='none')? Are the arms"
+        " in the loss those that were pulled, and is the step taken?",
     )
 
 
@@ -146,8 +146,8 @@ def _judge_loop(answer: Function, nothing: str) -> None:
     else:
         print(
             f"Not yet: the policy goes {mean:.0%} of the way from the average arm to the best one;"
-            " it should go more than 70%. Has it a baseline, and enough steps that are not too"
-            " large?"
+            " it should go more than 70%. Has it a baseline, enough steps that are not too large,"
+            " and logits (not probabilities) in the cross-entropy?"
         )
 
 

@@ -118,13 +118,14 @@ def check_without_reward_noise(answer: float | None) -> None:
         answer,
         -1,
         {
-            "run it: the batch still has only sixteen contexts, with one arm in each.": 1,
+            "run it: each context still shows what one arm pays, and not what the others would have"
+            " paid.": 1,
         },
     )
 
 
 def check_batches_to_double(answer: float | None) -> None:
-    """Exercise 3: batches until β has at least doubled while the KL is twice its target (horizon:
+    """Exercise 4: batches until β has at least doubled while the KL is twice its target (horizon:
     one batch)."""
     judge_number(
         answer,
@@ -140,7 +141,7 @@ def check_batches_to_double(answer: float | None) -> None:
 
 
 def check_line_search(answer: Function) -> None:
-    """Exercise 4: answer(gains [n], kls [n], budget) -> the longest share ½^j that is allowed, or
+    """Exercise 5: answer(gains [n], kls [n], budget) -> the longest share ½^j that is allowed, or
     0.0."""
 
     def first(
@@ -232,6 +233,8 @@ def check_careful_training(answer: Function) -> None:
             f"Not yet: one of your updates moved {max(steps):.2f} nats, and {_FAR} are allowed."
             " Measure the KL between the old and the new policy on the batch, and act on it."
         )
+    elif len(steps) < 2:
+        print("Not yet: these weights were not learned; train on what collect returns.")
     elif reward > 0.9:
         print(f"Right. Reward {reward:.1f}, no update beyond {_FAR} nats.")
     elif reward < -0.2:
@@ -239,7 +242,8 @@ def check_careful_training(answer: Function) -> None:
     else:
         print(
             f"Not yet: no update went far, but the reward is {reward:.1f}; it should be above 0.9."
-            " Are your steps too small, or do you use too few of the 30 batches?"
+            " Are your steps too small, do you use too few of the 30 batches, or do two shapes not"
+            " fit ([64, 1] times [64] is [64, 64])?"
         )
 
 

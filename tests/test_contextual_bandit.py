@@ -370,7 +370,8 @@ def test_a_run_takes_no_further_step_once_it_is_beyond_stop_kl():
                     break
                 log_probs = cb.token_log_probs(new, part.actions)
                 where = (log_probs, part.old_log_probs, part.advantages, None, 0.1)
-                loss = cb.ppo_clip_loss(*where).loss
+                # the loss of R runs is the mean over all
+                loss = cb.ppo_clip_loss(*where).loss / runs
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

@@ -169,7 +169,7 @@ def test_a_loop_with_ratio_clip_and_epochs_is_right(capsys, rate):
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (loop(pessimist, steps=1, rate=0.4), "one step per rollout brings"),
+        (loop(pessimist, steps=1, rate=0.4), "One step per rollout brings"),
         (loop(lambda ratio, advantages: ratio.log() * advantages, rate=0.025), "sixteen steps"),
         (
             loop(lambda ratio, advantages: (ratio / ratio.detach()) * advantages, rate=0.025),

@@ -220,9 +220,7 @@ def test_the_buggy_search_of_the_exercise_is_recognised(capsys):
 # which noise
 
 
-@pytest.mark.parametrize(
-    ("answer", "words"), [(-1, "Right"), (1, "one arm pays"), (0, "no ty")]
-)
+@pytest.mark.parametrize(("answer", "words"), [(-1, "Right"), (1, "one arm pays"), (0, "no ty")])
 def test_without_reward_noise(capsys, answer, words):
     assert words in verdict(capsys, checks.check_without_reward_noise, answer)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -244,7 +245,10 @@ def train(policy: Tensor, bandit: LinearBandit, config: Config) -> Iterator[Metr
     """
     _check(policy, bandit, config)
     policy.requires_grad_()
-    parts = _parts(policy, config)
+    parts = [policy]
+    if config.stop_kl is not None:  # a run that has stopped must not age in the optimizer
+        parts = [one[None].clone().requires_grad_() for one in policy.detach()]
+    optimizer = torch.optim.Adam(parts, lr=config.learning_rate)
     controllers = [AdaptiveKLController(1.0, config.target_kl, config.batch_size) for _ in policy]
     generator = torch.Generator().manual_seed(config.seed)
     held_out = bandit.contexts(1000, generator=torch.Generator().manual_seed(HELD_OUT_SEED))
@@ -256,11 +260,9 @@ def train(policy: Tensor, bandit: LinearBandit, config: Config) -> Iterator[Metr
             trpo_updates(policy, batch, config.target_kl)
         else:
             coefficients = torch.tensor([c.coefficient for c in controllers], dtype=policy.dtype)
-            for rows, part, optimizer in parts:
-                own = Batch(*(field[rows] for field in batch))
-                _passes(part, optimizer, own, config, coefficients[rows], generator)
-                with torch.no_grad():
-                    policy[rows] = part
+            _passes(parts, optimizer, batch, config, coefficients, generator)
+            with torch.no_grad():
+                policy.copy_(torch.cat(parts))
         metrics = measure(policy, bandit, batch, config, held_out, initial_logits)
         if config.method == "ppo_penalty":
             for controller, kl in zip(controllers, metrics["step_kl"], strict=True):
@@ -268,43 +270,53 @@ def train(policy: Tensor, bandit: LinearBandit, config: Config) -> Iterator[Metr
         yield Metrics(iteration, grad_norm=norms, **metrics)
 
 
-def _parts(
-    policy: Tensor, config: Config
-) -> list[tuple[slice, Tensor, torch.optim.Optimizer]]:
-    """What is optimised together, with its rows of the policy: all runs, or each run by itself
-    where one may stop before the others."""
-    runs = len(policy)
-    rows = [slice(r, r + 1) for r in range(runs)] if config.stop_kl else [slice(0, runs)]
-    found = [policy.detach()[some].clone().requires_grad_() for some in rows]
-    return [
-        (some, part, torch.optim.Adam([part], lr=config.learning_rate))
-        for some, part in zip(rows, found, strict=True)
-    ]
-
-
 def _passes(
-    policy: Tensor,
+    parts: list[Tensor],
     optimizer: torch.optim.Optimizer,
     batch: Batch,
     config: Config,
     coefficients: Tensor,
     generator: torch.Generator,
 ) -> None:
-    """All gradient steps on one rollout."""
+    """All gradient steps on one rollout; `parts` are the policies, of each run or of all."""
     for _ in range(config.epochs):
-        for part in minibatches(batch, config.minibatches, generator):
-            if config.stop_kl is not None:
-                with torch.no_grad():
-                    logits = policy_logits(policy, batch.contexts)
-                    moved = exact_kl(batch.old_logits, logits).mean()
-                if moved > config.stop_kl:
-                    return
-            if config.method == "reinforce":
-                reinforce_update(policy, optimizer, part)
-            elif config.method == "ppo_clip":
-                ppo_clip_update(policy, optimizer, part, config.clip)
-            else:
-                ppo_penalty_update(policy, optimizer, part, coefficients)
+        for some in minibatches(batch, config.minibatches, generator):
+            policy = torch.cat(parts)
+            stopped = _stopped(policy, batch, config.stop_kl)
+            if stopped.all():
+                return
+            with _left_out(optimizer, parts, stopped):
+                if config.method == "reinforce":
+                    reinforce_update(policy, optimizer, some)
+                elif config.method == "ppo_clip":
+                    ppo_clip_update(policy, optimizer, some, config.clip)
+                else:
+                    ppo_penalty_update(policy, optimizer, some, coefficients)
+
+
+@torch.no_grad()
+def _stopped(policy: Tensor, batch: Batch, stop_kl: float | None) -> Tensor:
+    """Which runs have gone far enough on this rollout: [R], none without a limit."""
+    if stop_kl is None:
+        return torch.zeros(len(policy), dtype=torch.bool)
+    moved = exact_kl(batch.old_logits, policy_logits(policy, batch.contexts)).mean(-1)
+    return moved > stop_kl
+
+
+@contextmanager
+def _left_out(
+    optimizer: torch.optim.Optimizer, parts: list[Tensor], stopped: Tensor
+) -> Iterator[None]:
+    """A step that leaves some parts as they are, and the optimizer's memory of them too."""
+
+    def drop(*_: object) -> None:
+        for part, done in zip(parts, stopped, strict=False):
+            if done:
+                part.grad = None
+
+    hook = optimizer.register_step_pre_hook(drop)
+    yield
+    hook.remove()
 
 
 def gradient_norms(policy: Tensor, batch: Batch) -> Tensor:

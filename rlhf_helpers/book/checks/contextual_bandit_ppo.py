@@ -177,14 +177,15 @@ def check_ppo_loop(answer: Function) -> None:
     if not reward > 0.6:  # also NaN
         print(
             f"Not yet: your policies earn {reward:.2f} per pull; a policy that knows nothing earns"
-            " about 0. Look at the sign of the loss, and at which actions the log-probabilities"
-            " are of."
+            " about 0. Look at the sign of the loss, at which actions the log-probabilities are of,"
+            " and at the rate (Adam, 0.1 to 0.4)."
         )
     elif reward < 0.95:
         print(
-            f"Not yet: your policies earn {reward:.2f} per pull, about what one step per rollout"
-            " brings. Take sixteen steps on each; keep old_log_probs as collect returns them, so"
-            " that the ratio leaves 1; and clip."
+            f"Not yet: your policies earn {reward:.2f} per pull. One step per rollout brings about"
+            " 0.8, sixteen without ratio or clip up to 0.9. Take sixteen steps on each; keep"
+            " old_log_probs as collect returns them, so that the ratio leaves 1; and clip. Or is"
+            " the rate too small?"
         )
     else:
         print("Right.")

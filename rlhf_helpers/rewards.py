@@ -157,6 +157,14 @@ def call(
     return reward(**named)
 
 
+def check_reward(reward: Reward) -> None:
+    """Raises: TypeError unless the reward can be called."""
+    if not callable(reward):
+        raise TypeError(
+            f"reward is of type {type(reward).__name__}; pass a function of prompts and completions"
+        )
+
+
 def check_columns(
     columns: Mapping[str, Any], taken: Collection[str] = ("prompts", "completions")
 ) -> None:

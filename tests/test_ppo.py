@@ -832,7 +832,7 @@ def test_settings_out_of_range_are_refused_by_name_before_anything_is_sampled(ch
                 small_policy(),
                 TOKENIZER,
                 PROMPTS,
-                None,
+                len,
                 config,
                 ptx=PTX * (message != "ptx is empty"),
             )

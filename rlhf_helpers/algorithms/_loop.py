@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_helpers import rewards
+from rlhf_helpers._validate import check_list, check_model, check_path, check_tokenizer, has
 from rlhf_helpers.logprobs import completion_log_probs
 from rlhf_helpers.rollout import Rollout
 
@@ -20,6 +21,33 @@ from rlhf_helpers.rollout import Rollout
 RATIO_TOLERANCE = 1e-2
 HALF_TOLERANCE = 0.1
 _HALF = (torch.float16, torch.bfloat16)
+
+
+# --- what a loop is given ------------------------------------------------------------------------
+
+
+def check_given(
+    config: Any,
+    kind: type,
+    model: nn.Module,
+    tokenizer: Any,
+    folder: Any = None,
+    name: str = "policy",
+    **lists: Sequence,
+) -> None:
+    """Raises: TypeError, naming the argument, on a config without the settings of `kind`, on what
+    is no model, tokenizer, folder or list; ValueError on a folder without a name."""
+    check_model(model, name)
+    check_tokenizer(tokenizer)
+    has(config, "config", f"a Config of {kind.__module__}", *kind.__dataclass_fields__)
+    if folder is not None:
+        check_path(folder, "folder")
+        if not str(folder):
+            raise ValueError("folder is an empty text; pass the name of a folder, or None")
+    for key, values in lists.items():
+        # a text has a message of its own
+        if not isinstance(values, str):
+            check_list(values, key)
 
 
 # --- what is trained, and in which order ---------------------------------------------------------
@@ -214,6 +242,8 @@ def check_prompts(prompts: Sequence[str], columns: Mapping[str, Sequence] | None
     """Raises: ValueError on no prompts, or a column of another length."""
     if isinstance(prompts, str) or not len(prompts):
         raise ValueError("prompts must be a list of at least one text")
+    if columns is not None:
+        has(columns, "columns", "a dictionary of lists", "items", "keys")
     rewards.check_columns({} if columns is None else columns)
     for name, values in ({} if columns is None else columns).items():
         listed = hasattr(values, "__len__") and hasattr(values, "__getitem__")

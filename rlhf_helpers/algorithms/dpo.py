@@ -26,12 +26,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from rlhf_helpers import conversations, models, rewards
-from rlhf_helpers._validate import in_range, one_of, same_shape
+from rlhf_helpers._validate import check_path, has, in_range, one_of, same_shape
 from rlhf_helpers.algorithms import sft
 from rlhf_helpers.algorithms._loop import (
     adamw,
     as_list,
     check_finite,
+    check_given,
     check_prompts,
     check_trainable,
     check_weights,
@@ -430,6 +431,9 @@ def train(
         stale cache, an adapter that was trained before, as `checkpoint.load`, or as `update`.
     Source: Rafailov et al. 2023, "Direct Preference Optimization", section 4.
     """
+    check_given(config, Config, policy, tokenizer, folder, data=data, held_out=held_out)
+    if cache is not None:
+        check_path(cache, "cache")
     _check(config, data)
     in_range(save_every, "save_every", 1)
     check_trainable(policy)
@@ -470,6 +474,8 @@ def _check_lengths(
     policy: nn.Module, data: Sequence[Example], held_out: Sequence[Example], config: Config
 ) -> None:
     for name, examples in (("data", data), ("held_out", held_out)):
+        for index, one in enumerate(examples):
+            has(one, f"{name}[{index}]", "an Example, as encode returns it", *Example._fields)
         lengths = [len(one.prompt) + max(map(len, one[1:3])) for one in examples]
         sft.check_lengths(policy, lengths, name, "shorten it or leave it out")
     answered = [len(one.prompt) + config.max_new_tokens for one in held_out[:_KL_PROMPTS]]
@@ -567,8 +573,10 @@ def online(
         or `checkpoint.load`, or after the last iteration if none had a pair, saying why.
     Source: Guo et al. 2024, "Direct Language Model Alignment from Online AI Feedback", section 3.
     """
+    check_given(config, Config, policy, tokenizer, folder, prompts=prompts)
     _check(config, soft=True)
     check_prompts(prompts)
+    rewards.check_reward(reward)
     check_prompt_lengths(policy, tokenizer, prompts, config.max_new_tokens)
     in_range(save_every, "save_every", 1)
     check_trainable(policy)
@@ -717,8 +725,10 @@ def rejection_sampled(
         saying why.
     Source: Liu et al. 2024, section 3.
     """
+    check_given(config, Config, policy, tokenizer, prompts=prompts)
     _check(config, soft=True)
     check_prompts(prompts)
+    rewards.check_reward(reward)
     check_prompt_lengths(policy, tokenizer, prompts, config.max_new_tokens)
     luck = torch.Generator(next(policy.parameters()).device).manual_seed(config.seed)
     order = torch.Generator().manual_seed(config.seed)

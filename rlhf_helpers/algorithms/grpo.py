@@ -33,6 +33,7 @@ from rlhf_helpers.algorithms._loop import (
     as_columns,
     as_list,
     check_finite,
+    check_given,
     check_prompts,
     check_ratio,
     check_trainable,
@@ -465,7 +466,9 @@ def train(
         a name, on a fault that more iterations would not mend.
     Source: Shao et al. 2024, "DeepSeekMath", algorithm 1.
     """
+    check_given(config, Config, policy, tokenizer, folder, prompts=prompts)
     check(config, prompts, columns, kinds)
+    rewards.check_reward(reward)
     in_range(save_every, "save_every", 1)
     prompts, columns = as_list(prompts), as_columns(columns)
     check_prompt_lengths(policy, tokenizer, prompts, config.max_new_tokens)

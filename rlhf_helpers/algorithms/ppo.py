@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from rlhf_helpers import conversations, models, rewards
 from rlhf_helpers._forward import checked_mask, completion_states
-from rlhf_helpers._validate import as_float, in_range, one_of
+from rlhf_helpers._validate import as_float, check_model, in_range, one_of
 from rlhf_helpers.advantages import discounted_returns, gae, leave_one_out_advantages
 from rlhf_helpers.algorithms import sft
 from rlhf_helpers.algorithms._loop import (
@@ -29,6 +29,7 @@ from rlhf_helpers.algorithms._loop import (
     as_columns,
     as_list,
     check_finite,
+    check_given,
     check_prompts,
     check_ratio,
     check_trainable,
@@ -500,7 +501,11 @@ def train(
     Source: Ouyang et al. 2022, "Training language models to follow instructions with human
         feedback", section 3.5; Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO".
     """
+    check_given(config, Config, policy, tokenizer, folder, prompts=prompts, ptx=ptx)
+    if value_model is not None:
+        check_model(value_model, "value_model")
     _check(config, prompts, columns, ptx)
+    rewards.check_reward(reward)
     in_range(save_every, "save_every", 1)
     prompts, columns = as_list(prompts), as_columns(columns)
     check_prompt_lengths(policy, tokenizer, prompts, config.max_new_tokens)

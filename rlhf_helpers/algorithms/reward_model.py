@@ -20,9 +20,19 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from rlhf_helpers import conversations, models
 from rlhf_helpers._forward import context_of, language_model
-from rlhf_helpers._validate import finite, in_range, one_of, pair_problem, same_shape
+from rlhf_helpers._validate import (
+    check_list,
+    check_model,
+    check_tokenizer,
+    finite,
+    in_range,
+    one_of,
+    pair_problem,
+    same_shape,
+)
 from rlhf_helpers.algorithms._loop import (
     check_finite,
+    check_given,
     check_trainable,
     check_weights,
     set_learning_rate,
@@ -276,6 +286,8 @@ def scores(
 
     Raises: ValueError as `encode`, or on a text longer than the model can read.
     """
+    check_model(model)
+    check_tokenizer(tokenizer)
     texts = encode(tokenizer, prompts, responses)
     device = next(model.parameters()).device
     # texts of one length next to each other need little padding
@@ -513,6 +525,7 @@ def train(
         and `token_lists` or one that is too long, before the first step, or as
         `checkpoint.load`; TrainingStopped as `update`.
     """
+    check_given(config, Config, model, tokenizer, folder, "model", data=data, held_out=held_out)
     _check(data, config)
     in_range(save_every, "save_every", 1)
     both = {"data": data, "held_out": held_out}
@@ -602,6 +615,9 @@ def _check(data: Sequence[Comparison], config: Config) -> None:
 def score_gaps(model: nn.Module, tokenizer: Tokenizer, data: Sequence[Comparison]) -> Tensor:
     """Score of the first response less that of the second, for comparisons of two: the log-odds,
     [N], that the model gives to the first."""
+    check_model(model)
+    check_tokenizer(tokenizer)
+    check_list(data, "data")
     check_comparisons(data)
     prompts = [one.prompt for one in data for _ in range(2)]
     responses = [response for one in data for response in one.responses]

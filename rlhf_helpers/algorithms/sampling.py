@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from rlhf_helpers import conversations, models, rewards
+from rlhf_helpers._validate import check_model, check_seed, check_tokenizer, has
 from rlhf_helpers.algorithms.sft import check_lengths
 from rlhf_helpers.logprobs import completion_log_probs
 from rlhf_helpers.rollout import Rollout, end_tokens, ended, sample, texts_of, write
@@ -107,6 +108,13 @@ def evaluate(
             another.
         seed: of the sampling.
     """
+    check_model(policy, "policy")
+    check_model(reference, "reference")
+    check_tokenizer(tokenizer)
+    wanted = ("samples_per_prompt", "max_new_tokens", "temperature")
+    has(config, "config", "settings, such as ppo.Config()", *wanted)
+    has(judges, "judges", "a dictionary of reward functions", "items")
+    check_seed(seed)
     device, ends = next(policy.parameters()).device, end_tokens(policy, tokenizer)
     rollout = sample(
         policy,

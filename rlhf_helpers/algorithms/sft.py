@@ -19,10 +19,11 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_helpers import conversations, models
 from rlhf_helpers._forward import check_context
-from rlhf_helpers._validate import in_range, one_of
+from rlhf_helpers._validate import check_list, check_model, check_tokenizer, in_range, one_of
 from rlhf_helpers.algorithms._loop import (
     adamw,
     check_finite,
+    check_given,
     check_trainable,
     check_weights,
     set_learning_rate,
@@ -133,6 +134,7 @@ def check_pairs(pairs: Sequence[tuple[conversations.Prompt, str]], name: str = "
     """
     if isinstance(pairs, str):
         raise ValueError(f"{name} is one text; pass a list of (prompt, response)")
+    check_list(pairs, name)
     for index, pair in enumerate(pairs):
         parts = () if isinstance(pair, str) or not isinstance(pair, Sequence) else pair[:2]
         talk = len(parts) == 2 and conversations.messages_of(parts[0]) is not None
@@ -262,6 +264,7 @@ def train(
         the first step), settings out of range, or as `checkpoint.load`; TrainingStopped as
         `update`.
     """
+    check_given(config, Config, policy, tokenizer, folder, pairs=pairs, held_out=held_out)
     check(pairs, config)
     in_range(save_every, "save_every", 1)
     check_trainable(policy)
@@ -310,6 +313,9 @@ def surprise(
 
     Returns: (nats [N], tokens [N]).
     """
+    check_model(policy, "policy")
+    check_tokenizer(tokenizer)
+    in_range(batch_size, "batch_size", 1)
     examples = encode(tokenizer, pairs)
     device = next(policy.parameters()).device
     nats, tokens = [], []

@@ -26,10 +26,8 @@ def check_gradient_estimate(answer: Function) -> None:
             "the sign is turned round: a pulled arm that paid must get a positive number.": (
                 lambda p, a, r: -(r[:, None] * scores(p, a)).mean(0)
             ),
-            "nothing is subtracted from 1 for the pulled arm: an arm that is raised takes"
-            " probability from all others.": (
-                lambda p, a, r: (r[:, None] * (scores(p, a) + p)).mean(0)
-            ),
+            "nothing is subtracted: the probability of each arm is, so that an arm that is raised"
+            " takes from all others.": (lambda p, a, r: (r[:, None] * (scores(p, a) + p)).mean(0)),
             "this is the sum over the plays; take the mean, or the step grows with the batch.": (
                 lambda p, a, r: (r[:, None] * scores(p, a)).sum(0)
             ),
@@ -145,7 +143,7 @@ def _judge_loop(answer: Function, nothing: str) -> None:
         print(f"Not yet: {nothing}")
     else:
         print(
-            f"Not yet: the policy goes {mean:.0%} of the way from the average arm to the best one;"
+            f"Not yet: the policy goes {mean:.1%} of the way from the average arm to the best one;"
             " it should go more than 70%. Has it a baseline, enough steps that are not too large,"
             " and logits (not probabilities) in the cross-entropy?"
         )

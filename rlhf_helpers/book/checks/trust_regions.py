@@ -101,7 +101,7 @@ def check_telescope(answer: Function) -> None:
             "the last value is missing: it does not cancel.": (
                 lambda r, v, w, g: discounted(r, g) - v
             ),
-            "the first value is missing, or was added: it is subtracted once.": (
+            "the first value is missing: it is subtracted once.": (
                 lambda r, v, w, g: discounted(r, g) + g ** len(r) * w
             ),
             "the rewards have to be discounted, too.": (
@@ -230,7 +230,7 @@ def check_careful_training(answer: Function) -> None:
     reward = _WORLD.expected_reward(contexts @ found.T, contexts).mean().item()
     if max(steps, default=0.0) > _FAR:
         print(
-            f"Not yet: one of your updates moved {max(steps):.2f} nats, and {_FAR} are allowed."
+            f"Not yet: one of your updates moved {max(steps):.3f} nats, and {_FAR} are allowed."
             " Measure the KL between the old and the new policy on the batch, and act on it."
         )
     elif len(steps) < 2:
@@ -241,7 +241,7 @@ def check_careful_training(answer: Function) -> None:
         print("Not yet: the sign is turned round, so the policy looks for the worst arm.")
     else:
         print(
-            f"Not yet: no update went far, but the reward is {reward:.1f}; it should be above 0.9."
+            f"Not yet: no update went far, but the reward is {reward:.3f}; it should be above 0.9."
             " Are your steps too small, do you use too few of the 30 batches, or do two shapes not"
             " fit ([64, 1] times [64] is [64, 64])?"
         )

@@ -212,7 +212,9 @@ def test_what_cannot_tell_runs_apart_is_refused_before_anything_is_sampled(tmp_p
     for loop in (ppo, grpo):
         columns = {"answer": [object()] * 4}
         with pytest.raises(ValueError, match="columns: a object cannot tell one run"):
-            next(run(loop, tmp_path, columns=columns))
+            next(
+                run(loop, tmp_path, reward=lambda **given: pytest.fail("sampled"), columns=columns)
+            )
         assert next(run(loop, None, columns=columns)).iteration == 1
         for bad in ("abcd", dict.fromkeys(range(4)), iter("abcd")):
             with pytest.raises(ValueError, match=r"columns\['answer'\] is a .*; pass a list"):

@@ -60,8 +60,8 @@ CASES = [(loop, name, odd) for loop, (_, given) in LOOPS.items() for name in giv
 
 
 @pytest.mark.parametrize(("loop", "name", "odd"), CASES)
-def test_what_is_no_such_thing_is_refused_by_name(loop, name, odd, tmp_path):
-    """Oracle: the names of the arguments. No weight moves."""
+def test_what_is_no_such_thing_is_refused_by_name(loop, name, odd):
+    """Oracle: the names of the arguments."""
     function, given = LOOPS[loop]
     given = copy.deepcopy(given) | REST.get(loop, {}) | {name: ODD[odd]}
     with pytest.raises((TypeError, ValueError), match=rf"\b{re.escape(name)}"):

@@ -351,9 +351,10 @@ def test_the_last_two_are_kept_and_nothing_else_is_touched(tmp_path):
     to delete."""
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "step-12").mkdir()
+    (tmp_path / "step-000003x").mkdir()
     (tmp_path / "step-000002").mkdir()
     (tmp_path / "step-000002" / "state.json").write_text("{}")
-    others = ["notes.txt", "step-000002", "step-12"]
+    others = ["notes.txt", "step-000002", "step-000003x", "step-12"]
     last = 999_999, 1_000_000
     for step, kept in [(5, [5]), (6, [5, 6]), (999_999, [6, 999_999]), (1_000_000, last)]:
         fill(tmp_path, step)

@@ -2,12 +2,12 @@
 apart."""
 
 import math
-import re
 
 import pytest
 import torch
 
 from rlhf_helpers.book.checks import trust_regions as checks
+from rlhf_helpers.kl import AdaptiveKLController
 
 
 def verdict(capsys, check, answer):
@@ -52,7 +52,6 @@ def test_stub_is_not_attempted(capsys, check):
     "check",
     [
         checks.check_step_by_hand,
-        checks.check_batches_to_double,
         checks.check_without_reward_noise,
     ],
 )
@@ -157,24 +156,37 @@ def test_telescope_mistakes(capsys, answer, words):
 # the thermostat
 
 
-def test_batches_right(capsys):
-    """Oracle: multiply by 1.2 until it is enough."""
-    coefficient, batches = 1.0, 0
-    while coefficient < 2:
-        coefficient, batches = coefficient * 1.2, batches + 1
-    assert verdict(capsys, checks.check_batches_to_double, batches) == "Right."
+def clipped(beta, kl, target, samples, horizon):
+    error = kl / target - 1
+    error = 0.2 if error > 0.2 else -0.2 if error < -0.2 else error
+    return beta + beta * error * samples / horizon
 
 
-def test_no_message_on_the_batches_gives_the_answer_away(capsys):
-    for wrong in (1, 3, 5, 7):
-        assert not re.search(
-            r"4|four|1\.728", verdict(capsys, checks.check_batches_to_double, wrong)
-        )
+def test_controller_right(capsys):
+    """Oracle: the package's controller, and the rule by cases."""
+
+    def packaged(beta, kl, target, samples, horizon):
+        controller = AdaptiveKLController(beta, target, horizon)
+        controller.update(kl, samples)
+        return controller.coefficient
+
+    for answer in (packaged, clipped):
+        assert verdict(capsys, checks.check_controller, answer) == "Right."
 
 
-@pytest.mark.parametrize(("answer", "words"), [(1, "clipped"), (5, "multiply"), (3, "once more")])
-def test_batches_mistakes(capsys, answer, words):
-    told(capsys, checks.check_batches_to_double, answer, words)
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (lambda b, kl, t, n, h: b * (1 + (kl / t - 1) * n / h), "clipped to"),
+        (lambda b, kl, t, n, h: clipped(b, kl, t, 1, 1), "share of the horizon"),
+        (lambda b, kl, t, n, h: b * (1 + min(max(kl - t, -0.2), 0.2) * n / h), "relative to"),
+        (lambda b, kl, t, n, h: 2 * b - clipped(b, kl, t, n, h), "sign is wrong"),
+        (lambda b, kl, t, n, h: clipped(1.0, kl, t, n, h), "the old one times"),
+        (lambda b, kl, t, n, h: clipped(b, kl, t, n, h) - b, "must stay"),
+    ],
+)
+def test_controller_mistakes(capsys, answer, words):
+    told(capsys, checks.check_controller, answer, words)
 
 
 # the line search

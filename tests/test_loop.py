@@ -48,6 +48,12 @@ def test_the_schedule_is_the_librarys(warm_up):
     assert mine > 0
 
 
+def test_a_schedule_may_rise_to_its_end():
+    """Oracle: by hand: a straight line to the highest rate, and no step after it."""
+    rates = [learning_rate_at(step, 4, 3.0, warm_up=1.0) for step in range(4)]
+    assert rates == [0.75, 1.5, 2.25, 3.0]
+
+
 @pytest.mark.parametrize("name", ["lr", "highest"])
 def test_each_group_keeps_its_own_highest_rate(name):
     """Oracle: the shape of the schedule times the rate that each group was given."""

@@ -129,6 +129,11 @@ def test_all_bad_lines_are_counted(tmp_path):
         preferences.read_jsonl(path)
     shown = str(error.value).split("\n")[1:]
     assert shown == [f"line {n}: chosen is empty" for n in range(1, 21)] + ["and 3 more"]
+    path.write_bytes(b"\n".join(line(chosen="") for _ in range(20)))
+    with pytest.raises(ValueError, match=r"20 bad") as error:
+        preferences.read_jsonl(path)
+    assert str(error.value).split("\n")[1:] == shown[:-1]
+    path.write_bytes(b"\n".join(line(chosen="") for _ in range(23)))
     pairs, problems = preferences.scan_jsonl(path)
     assert (len(pairs), len(problems)) == (0, 23)
     assert pairs.column_names == ["prompt", "chosen", "rejected"]
@@ -331,6 +336,40 @@ def test_the_ceiling_of_who_does_not_know_the_order():
     blind = preferences.ceiling((p + swapped.flip(-1)) / 2)
     assert abs(blind - accuracy) < 4 * math.sqrt(accuracy * (1 - accuracy) / N)
     assert preferences.ceiling(torch.cat([p, swapped])) > blind + 0.05
+
+
+# --- several people
+
+
+def test_answers_of_several_people_come_together_by_pair(tmp_path):
+    """Oracle: the labels that the rows were made of, whichever response was shown first, in
+    whatever order the rows are."""
+    prompts, first, second = ["p", "p", "q"], ["a", "b", "d"], ["c", "a", "c"]
+    people = [Annotator(name, tie_threshold=0.5) for name in ("Bob", "Ann", "Cem")]
+    said = annotate(prompts, first, second, lambda p, r: [float(len(x)) for x in r], people, seed=3)
+    assert len(said.preferences.unique()) == 3  # wins, ties and losses
+    rows = [row for i, row in enumerate(said.pairs) if i != 7]  # Ann did not answer the last
+    preferences.write_jsonl(rows[::-1], tmp_path / "answers.jsonl")
+    found = preferences.by_pair(preferences.read_jsonl(tmp_path / "answers.jsonl"))
+    assert found.annotators == ["Ann", "Bob", "Cem"]
+    where = {key: i for i, key in enumerate(zip(*found[:3], strict=True))}
+    assert len(where) == 3
+    for i, (prompt, one, two) in enumerate(zip(prompts, first, second, strict=True)):
+        labels = found.preferences[where[prompt, *sorted((one, two))]]
+        wanted = said.preferences[i, [1, 0, 2]]
+        wanted = wanted if one < two else 1 - wanted
+        if i == 2:
+            wanted[0] = GAP
+        assert np.array_equal(labels, wanted, equal_nan=True)
+
+
+def test_conversations_of_several_people_come_together_too():
+    talk = [{"role": "user", "content": "How was it?"}]
+    one = {"prompt": talk, "chosen": "Good.", "rejected": "Bad.", "annotator": "Ann"}
+    two = one | {"chosen": "Bad.", "rejected": "Good.", "annotator": "Bob"}
+    found = preferences.by_pair([one, two])
+    assert (found.prompts, found.first, found.second) == ([talk], ["Bad."], ["Good."])
+    assert found.preferences.tolist() == [[0.0, 1.0]]
 
 
 # --- agreement
@@ -577,6 +616,11 @@ PLAIN = [Annotator("plain")]
         (lambda: preferences.ceiling(torch.ones(4, 3)), "sum to 1"),
         (lambda: preferences.ceiling(torch.tensor([2.0, 0.0, -1.0])), "must be ≥ 0"),
         (lambda: preferences.ceiling(torch.tensor([0.0, 1.0, 0.0])), "ties only"),
+        (lambda: preferences.by_pair([PAIR]), "pairs[0] has no annotator"),
+        (
+            lambda: preferences.by_pair([row(annotator="Ann"), row(annotator="Ann")]),
+            "pairs[1] is a second answer of 'Ann'",
+        ),
         (lambda: preferences.fleiss_kappa([1, 2]), "table has shape (2,)"),
         (lambda: preferences.fleiss_kappa([[1, 2]]), "table has shape (1, 2)"),
         (lambda: preferences.fleiss_kappa([[1.5, 0.5], [1, 1]]), "table must hold counts"),

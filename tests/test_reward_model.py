@@ -124,6 +124,17 @@ def test_the_trunk_is_the_language_models_and_a_copy(tokenizer):
     assert not model.training
 
 
+def test_a_reward_model_that_is_given_stays_as_it_is(tokenizer):
+    """Oracle: its own weights; what comes back is a copy with the same head."""
+    given = reward_model(tokenizer=tokenizer)
+    before = copy.deepcopy(given.state_dict())
+    model, _ = rm.load(given, tokenizer)
+    assert torch.equal(model.score.weight, given.score.weight)
+    with torch.no_grad():
+        model.score.weight.add_(1.0)
+    assert all(torch.equal(given.state_dict()[name], before[name]) for name in before)
+
+
 def test_an_empty_response_has_a_score_and_texts_keep_their_order(tokenizer):
     """Oracle: each text scored alone."""
     model = reward_model(tokenizer=tokenizer)
@@ -235,6 +246,16 @@ def test_each_loss_learns_what_it_is_told(loss, tokenizer):
         # apart
         same = rm.score_gaps(model, tokenizer, [Comparison("p", ("b n x", "c o x"))])
         assert same.abs() < history[-1].threshold < rm.score_gaps(model, tokenizer, unseen).min()
+
+
+def test_the_tie_threshold_has_a_learning_rate_of_its_own(tokenizer):
+    """Oracle: by hand. AdamW's first step has the size of the rate, whatever the gradient, so log ζ
+    goes from 0 to ±0.05."""
+    data = [Comparison("p", ("a b", "c d"), 0.5)] * 8
+    model, _ = rm.load(build("gpt2"), tokenizer)
+    config = Config(loss="rao-kupper", batch_size=8, warm_up=0.0, threshold_rate=0.05)
+    (only,) = rm.train(model, tokenizer, data, config)
+    assert abs(math.log(only.threshold)) == pytest.approx(0.05, rel=1e-4)
 
 
 def test_soft_labels_are_matched_and_not_exceeded(tokenizer):

@@ -3,6 +3,7 @@ generate."""
 
 import copy
 import gc
+import math
 import warnings
 import weakref
 
@@ -433,6 +434,30 @@ def test_broken_logits_are_an_error_that_says_where_and_the_mode_is_restored(bad
     assert all(module.training for module in model.modules())
 
 
+def test_broken_logits_are_named_by_the_callers_row_once_others_have_ended():
+    """Oracle: by hand. The first of three sequences ends at once and leaves; the tokens of the one
+    in its place tell whose row the hook spoils."""
+    model, places = build("gpt2"), []
+
+    def watch(_module, args, _kwargs):
+        places.append(args[0] if args else _kwargs["input_ids"])
+
+    def spoil(_module, _args, output):
+        output = output.clone()
+        if len(places) == 1:
+            output[0, -1, EOS] = 1e4
+            output[1:, -1, EOS] = -1e4
+        if len(places) == 2:
+            output[0, -1, 4] = float("nan")
+        return output
+
+    model.register_forward_pre_hook(watch, with_kwargs=True)
+    model.lm_head.register_forward_hook(spoil)
+    with pytest.raises(ValueError, match="step 2 in row 2"):
+        rollout(model)
+    assert len(places[1]) == 2
+
+
 def test_a_token_that_is_ruled_out_is_never_sampled():
     """Oracle: a logit of minus infinity for all tokens but two."""
     model = build("gpt2")
@@ -482,6 +507,28 @@ def test_a_large_vocabulary_is_not_rounded_away(dtype):
     wanted = torch.searchsorted(logits.double().softmax(-1).cumsum(-1), uniforms, right=True)
     found = _choose(logits.expand(100, -1), uniforms, 1.0, 0, 1.0)
     assert (found == wanted).sum() >= 97
+
+
+def test_unlikely_tokens_after_a_likely_one_are_not_rounded_away():
+    """Oracle: by hand. One token of weight 1 stands before 200,000 of weight 2e-8, whose running
+    sums single precision cannot tell apart; uniform numbers in the middle of five tokens."""
+    logits = torch.full((200_001,), 2e-8).log()
+    logits[0] = 0.0
+    weight = logits[1].double().exp()
+    wanted = torch.tensor([0, 1, 77_777, 123_456, 199_000])
+    below = torch.where(wanted == 0, 0.5, 1 + weight * (wanted.double() - 0.5))
+    found = _choose(logits.expand(5, -1), below / (1 + weight * 200_000), 1.0, 0, 1.0)
+    assert torch.equal(found, wanted)
+
+
+def test_top_p_ends_with_the_token_that_reaches_it():
+    """Oracle: by hand, in numbers without rounding: 0.5 is reached by the first token, 0.75 by the
+    second. top_k may be larger than the vocabulary."""
+    logits = torch.tensor([[0.25, 0.5, 0.125, 0.125]], dtype=torch.float64).log2() * math.log(2)
+    numbers = torch.tensor([0.0, 0.5, 0.99], dtype=torch.float64)
+    chosen = [_choose(logits.expand(3, -1), numbers, 1.0, 9, top_p) for top_p in (0.5, 0.75, 0.8)]
+    assert [one.tolist() for one in chosen[:2]] == [[1, 1, 1], [1, 1, 0]]
+    assert set(chosen[2].tolist()) > {1}
 
 
 def test_all_pairs_of_uniform_numbers_and_weights_pick_the_right_token():

@@ -124,17 +124,35 @@ def check_without_reward_noise(answer: float | None) -> None:
     )
 
 
-def check_batches_to_double(answer: float | None) -> None:
-    """Exercise 4: batches until β has at least doubled while the KL is twice its target (horizon:
-    one batch)."""
-    judge_number(
+def check_controller(answer: Function) -> None:
+    """Exercise 4: answer(beta, kl, target, samples, horizon) -> the next β."""
+
+    def right(beta: float, kl: float, target: float, samples: int, horizon: int) -> float:
+        error = max(-0.2, min(0.2, kl / target - 1))
+        return beta * (1 + error * samples / horizon)
+
+    judge(
         answer,
-        4,
+        right,
+        [(1.0, 0.03, 0.02, 64, 64), (0.5, 0.021, 0.02, 64, 640), (2.0, 0.001, 0.02, 32, 64)],
         {
-            "the error of +1 is clipped to +0.2 first, so one batch cannot double β.": 1,
-            "the factors multiply: 1.2 · 1.2 · …, not 1 + 0.2 + 0.2 + …": 5,
-            "β grows by the same factor each batch; multiply it out once more: has it reached 2?": (
-                3
+            "the relative error has to be clipped to ±0.2 before it is used.": (
+                lambda b, kl, target, n, h: b * (1 + (kl / target - 1) * n / h)
+            ),
+            "a batch moves β by its share of the horizon: samples / horizon.": (
+                lambda b, kl, target, n, h: b * right(1.0, kl, target, n, n)
+            ),
+            "the error is relative to the target: KL / target − 1.": (
+                lambda b, kl, target, n, h: b * (1 + max(-0.2, min(0.2, kl - target)) * n / h)
+            ),
+            "the sign is wrong: too far from the old policy must raise the price.": (
+                lambda b, kl, target, n, h: b * (2 - right(1.0, kl, target, n, h))
+            ),
+            "the new β is the old one times the factor.": (
+                lambda b, kl, target, n, h: right(1.0, kl, target, n, h)
+            ),
+            "it is 1 + the clipped error that multiplies β; at the target β must stay.": (
+                lambda b, kl, target, n, h: b * (right(1.0, kl, target, n, h) - 1)
             ),
         },
     )

@@ -364,6 +364,16 @@ def test_the_last_two_are_kept_and_nothing_else_is_touched(tmp_path):
     assert names(tmp_path) == sorted([*others, "step-1000000", "step-1000001"])
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts open files as Linux does")
+def test_a_save_leaves_no_file_open(tmp_path):
+    """Oracle: the operating system's own list of open files."""
+    fill(tmp_path, 1)
+    before = len(os.listdir("/proc/self/fd"))
+    for step in range(2, 6):
+        fill(tmp_path, step)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_no_folder_an_empty_one_and_one_with_leftovers_mean_a_fresh_start(tmp_path):
     """Oracle: the specification; loading creates and deletes nothing."""
     assert quietly(tmp_path / "new") is None

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from rlhf_helpers._validate import as_mask, in_range, same_shape, tensors
+from rlhf_helpers._validate import (
+    as_mask,
+    check_model,
+    in_range,
+    integers,
+    same_shape,
+    tensors,
+)
 
 # What was found out about a model, or a function, for as long as it lives.
 # Whether a model's logits are its output embedding applied to the hidden states, and no more.
@@ -35,7 +42,9 @@ _CACHE_NAMES = ("cache", "past_key_values")
 def checked_mask(
     model: nn.Module, tokens: Tensor, attention_mask: Tensor, completion_length: int
 ) -> Tensor:
-    tensors(tokens=tokens, attention_mask=attention_mask)
+    check_model(model)
+    integers(tokens=tokens)
+    tensors(attention_mask=attention_mask)
     if tokens.dim() != 2:
         raise ValueError(f"tokens has shape {tuple(tokens.shape)}; pass [sequences, tokens]")
     same_shape(tokens=tokens, attention_mask=attention_mask)

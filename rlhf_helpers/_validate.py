@@ -6,7 +6,7 @@ import math
 import numbers
 import os
 import unicodedata
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,11 +15,10 @@ from torch import Tensor
 _COLDEST = 1e-20
 
 
-def tensors(**given: Tensor | None) -> None:
-    """Raise TypeError unless all given values (None is skipped) are tensors of real numbers."""
+def tensors(**given: Tensor) -> None:
+    """Raise TypeError unless all given values are tensors of real numbers."""
     for name, value in given.items():
-        if value is not None:
-            check_tensor(value, name)
+        check_tensor(value, name)
 
 
 def check_tensor(value: Tensor, name: str) -> None:
@@ -50,10 +49,11 @@ def integers(**given: Tensor) -> None:
 
 
 def same_shape(**given: Tensor | None) -> None:
-    """Raise ValueError unless all given tensors (None is skipped) have one shape, TypeError unless
-    they are tensors."""
-    tensors(**given)
-    shapes = {name: tuple(t.shape) for name, t in given.items() if t is not None}
+    """Raise ValueError unless all given tensors have one shape, TypeError unless they are tensors.
+    From the third on, None is skipped: it takes two to differ."""
+    there = {n: t for i, (n, t) in enumerate(given.items()) if i < 2 or t is not None}
+    tensors(**there)
+    shapes = {name: tuple(t.shape) for name, t in there.items()}
     if len(set(shapes.values())) > 1:
         listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
         raise ValueError(f"shapes differ: {listed}; pass tensors of one shape")
@@ -135,11 +135,41 @@ def check_list(values: Sequence, name: str) -> None:
         raise TypeError(f"{name} is of type {type(values).__name__}; pass a list")
 
 
+def check_some(values: Sequence, name: str, wanted: str) -> None:
+    """Raise ValueError on a list without an entry of what is `wanted`."""
+    if len(values) == 0:
+        raise ValueError(f"{name} is empty; pass at least one {wanted}")
+
+
+def check_each(values: Sequence, name: str, wanted: str, *attributes: str) -> None:
+    """Raise TypeError unless the value is a list, each entry of which has these attributes of what
+    is `wanted`."""
+    check_list(values, name)
+    for index, one in enumerate(values):
+        has(one, f"{name}[{index}]", wanted, *attributes)
+
+
+def check_function(value: Callable, name: str, wanted: str) -> None:
+    """Raise TypeError unless the value, which should be what is `wanted`, can be called."""
+    if not callable(value):
+        raise TypeError(f"{name} is of type {type(value).__name__}; pass {wanted}")
+
+
 def check_path(value: str | os.PathLike, name: str) -> None:
-    """Raise TypeError unless the value is a text or a path; open() takes 0 and True for files that
-    are open already."""
+    """Raise TypeError unless the value is a text or a path, ValueError if it is empty; open() takes
+    0 and True for files that are open already."""
     if not isinstance(value, str | os.PathLike):
         raise TypeError(f"{name} is of type {type(value).__name__}; pass a text or a Path")
+    if not os.fspath(value):
+        raise ValueError(f"{name} is an empty text; pass a name")
+
+
+def check_folder(value: str | os.PathLike, name: str = "folder") -> None:
+    """Raise TypeError unless the value is a text or a path, ValueError if it is empty or names a
+    file."""
+    check_path(value, name)
+    if os.path.isfile(value):
+        raise ValueError(f"{name}={os.fspath(value)!r} is a file; pass the name of a folder")
 
 
 def check_model(value: object, name: str = "model") -> None:
@@ -187,9 +217,53 @@ def _plain(value: object) -> object:
     return value.item() if scalar else value
 
 
+def as_numbers(values: Sequence, name: str) -> Tensor:
+    """Return a list, an array or a tensor of numbers as float64 on the CPU, with NaN for None.
+
+    Raise TypeError if it holds anything else, texts of digits too, ValueError if its rows are not
+    equally long.
+    """
+    if isinstance(values, Tensor):
+        check_tensor(values, name)
+        return values.detach().cpu().double()
+    values = values.__array__() if hasattr(values, "__array__") else values  # of a table, too
+    kind = getattr(getattr(values, "dtype", None), "kind", "O")
+    # a copy, since torch takes no strides below 0
+    nested = values.copy() if kind in "biuf" else _nested_floats(values, name)
+    try:
+        return torch.tensor(nested, dtype=torch.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name} is no array ({error}); pass numbers in rows of one length"
+        ) from error
+
+
+def _nested_floats(value: object, name: str) -> object:
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, list | tuple | range):
+        return [_nested_floats(one, name) for one in value]
+    if value is not None and not hasattr(value, "__float__"):
+        raise TypeError(
+            f"{name} holds something other than numbers; pass a list, an array or a tensor of them"
+        )
+    return math.nan if value is None else float(value)
+
+
+def token_ids(values: int | Sequence[int], name: str) -> list[int]:
+    """Return one token or several as a list; raise TypeError or ValueError on what is none."""
+    plain = values.tolist() if hasattr(values, "tolist") else values
+    if isinstance(plain, numbers.Number):
+        plain = [plain]
+    check_list(plain, name)
+    for one in plain:
+        in_range(one, name, 0)
+    return [int(one) for one in plain]
+
+
 def finite(values: Tensor, name: str, mask: Tensor | None = None) -> None:
     """Raise ValueError if a counted entry of `values` is NaN or infinite, saying where the first
-    one is."""
+    one is; TypeError unless it is a tensor."""
+    check_tensor(values, name)
     bad = ~torch.isfinite(values.detach())
     if mask is not None:
         bad = bad & mask

@@ -85,7 +85,7 @@ def gae(
 
 
 def _checked_mask(mask: Tensor, rewards: Tensor) -> Tensor:
-    tensors(rewards=rewards, mask=mask)
+    tensors(rewards=rewards)
     if rewards.dim() != 2:
         raise ValueError(f"rewards has shape {tuple(rewards.shape)}; pass [sequences, tokens]")
     return as_mask(mask, rewards)

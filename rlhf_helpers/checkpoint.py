@@ -30,7 +30,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from rlhf_helpers._validate import check_path, check_text, has
+from rlhf_helpers._validate import check_folder, check_text, has
 
 try:
     import fcntl
@@ -119,7 +119,8 @@ def save(folder: str | os.PathLike, step: int, state: dict, identity: dict) -> P
         is being written by another process. OSError if the disk is full; what was there before is
         untouched.
     """
-    check_path(folder, "folder")
+    check_folder(folder)
+    has(identity, "identity", "a dictionary", "items", "get")
     folder = Path(folder)
     if type(step) is not int or step < 0:
         raise ValueError(f"step={step!r} must be an int of at least 0")
@@ -167,7 +168,7 @@ def load(folder: str | os.PathLike, identity: dict) -> Checkpoint | None:
     Raises: AnotherRun (a ValueError) if the checkpoint belongs to a run of another identity, naming
         what differs; ValueError if there are checkpoints and none is good.
     """
-    check_path(folder, "folder")
+    check_folder(folder)
     has(identity, "identity", "a dictionary", "items", "get")
     folder = Path(folder)
     refused = []
@@ -200,7 +201,7 @@ def begin(folder: str | os.PathLike, start: str) -> None:
         folder: of one run, made if it is not there.
         start: a name of the weights that it starts with.
     """
-    check_path(folder, "folder")
+    check_folder(folder)
     check_text(start, "start")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -212,7 +213,7 @@ def begin(folder: str | os.PathLike, start: str) -> None:
 
 def started(folder: str | os.PathLike) -> str | None:
     """What `begin` has noted of a run that has no checkpoint yet, or None."""
-    check_path(folder, "folder")
+    check_folder(folder)
     try:
         return json.loads((Path(folder) / _START).read_text())
     except (OSError, ValueError):

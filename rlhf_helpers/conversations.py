@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf_helpers._validate import check_list
+from rlhf_helpers._validate import check_list, check_text
 
 ROLES = ("system", "user", "assistant")
 # A prompt is a text, or a conversation: its messages, each with a role and a content.
@@ -38,6 +38,8 @@ def chat(texts: Sequence[str], system: str | None = None) -> list[Conversation]:
     if isinstance(texts, str):
         raise ValueError("texts is one text; put it into a list")
     check_list(texts, "texts")
+    if system is not None:
+        check_text(system, "system")
     before = [] if system is None else [{"role": "system", "content": system}]
     found = [[*before, {"role": "user", "content": text}] for text in texts]
     for i, one in enumerate(found):
@@ -59,6 +61,8 @@ def conversation_problem(messages: Conversation) -> str | None:
     """What is wrong with a conversation as a prompt; None if nothing is. It needs a message, each
     with a role of `ROLES` and a content that are texts, and nothing else, and the last must be the
     user's."""
+    if messages is not None and not isinstance(messages, list | tuple):
+        return f"is a {type(messages).__name__}; pass a list of messages"
     if not messages:
         return "is a conversation without a message; give it one of the user"
     for i, message in enumerate(messages):
@@ -88,10 +92,12 @@ def plain_text(prompt: Prompt, name: str = "prompt") -> str:
     said is left out; so that of `chat` the texts come back.
 
     Returns: a text; for a conversation a `ConversationText`.
-    Raises: ValueError as in `conversation_problem`, that calls the prompt `name`.
+    Raises: ValueError as in `conversation_problem`, that calls the prompt `name`; TypeError on what
+        is neither text nor conversation.
     """
     messages = messages_of(prompt)
     if messages is None or isinstance(prompt, str):
+        check_text(prompt, name)
         return prompt
     problem = conversation_problem(messages)
     if problem:

@@ -140,7 +140,7 @@ def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
         does not have, or if no entry counts (with `dim`, in any slice).
     Source: the definition of the mean.
     """
-    tensors(values=values, mask=mask)
+    tensors(values=values)
     mask = as_mask(mask, values)
     kept = as_float(values).masked_fill(~mask, 0.0)
     if dim is None:
@@ -174,7 +174,7 @@ def masked_whiten(
     Source: Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO", detail on
         whitening; the variance is the unbiased one (n − 1).
     """
-    tensors(values=values, mask=mask)
+    tensors(values=values)
     true_or_false(shift_mean, "shift_mean")
     in_range(eps, "eps", 0.0)
     mask = as_mask(mask, values)

@@ -55,7 +55,7 @@ def policy_gradient_loss(
 
     Equation: eq:policy-gradient
 
-    Its value means nothing; its gradient does. Advantages are treated as constants.
+    Only its gradient has a meaning. Advantages are treated as constants.
 
     Args:
         log_probs: log π(a) of the sampled actions, any shape, nats.
@@ -405,6 +405,7 @@ def rao_kupper_loss(
     """
     same_shape(scores_a=scores_a, scores_b=scores_b, outcome=outcome)
     _check_scores(scores_a=scores_a, scores_b=scores_b)
+    tensors(outcome=outcome)
     ties = outcome == 0.5
     if not (ties | (outcome == 0) | (outcome == 1)).all():
         raise ValueError("outcome must be 1 (the first won), 0 (the second) or 0.5 (a tie)")
@@ -532,6 +533,7 @@ def _check_pairs(chosen_log_probs: Tensor, rejected_log_probs: Tensor, **others:
 
 
 def _check_scores(**scores: Tensor) -> None:
+    tensors(**scores)
     for name, values in scores.items():
         if values.numel() == 0:
             raise ValueError(f"{name} is empty; pass at least one")

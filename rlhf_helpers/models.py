@@ -39,10 +39,23 @@ from rlhf_helpers._forward import (
     completion_states,
     language_model,
 )
-from rlhf_helpers._validate import check_list, check_model, check_tokenizer, same_shape
+from rlhf_helpers._validate import (
+    check_list,
+    check_model,
+    check_path,
+    check_texts,
+    check_tokenizer,
+    has,
+    in_range,
+    integers,
+    same_shape,
+    true_or_false,
+    zero_or_one,
+)
 from rlhf_helpers.conversations import Conversation, Prompt, conversation_problem, messages_of
 
 TINY = settings.TINY
+_OF_A_MODEL = ("parameters", "get_input_embeddings", "eval")
 # Names that model families give to the projections of the attention to query, key and value.
 _ATTENTION = ("c_attn", "query_key_value", "q_proj", "k_proj", "v_proj")
 
@@ -75,26 +88,38 @@ def load(
         special token or more words than the model, if the model needs code of its own, or if there
         is no such device.
     """
-    _check_device(device)
+    check_device(device)
+    _check_dtype(dtype)
     if isinstance(source, str | os.PathLike):
         tokenizer = source if tokenizer is None else tokenizer
         model = from_files(AutoModelForCausalLM, source, dtype or torch.float32)
     else:
+        has(source, "source", "a name, a folder or a model", "config", *_OF_A_MODEL)
         model = source if dtype is None else source.to(dtype)
         tokenizer = model.config.name_or_path if tokenizer is None else tokenizer
         if tokenizer == "":
             raise ValueError("tokenizer is None and the model has no name; pass tokenizer")
     if isinstance(tokenizer, str | os.PathLike):
         tokenizer = load_tokenizer(tokenizer)
+    check_tokenizer(tokenizer)
     _make_safe(tokenizer, model)
     return model.to(device).eval(), tokenizer
 
 
-def _check_device(device: str | torch.device) -> None:
+def check_device(device: str | torch.device) -> None:
+    """Raises: ValueError on a device that is not here."""
     try:
         torch.empty(0, device=device)
     except Exception as error:
         raise ValueError(f"device={str(device)!r} is not here: {_reason(error)}") from error
+
+
+def _check_dtype(dtype: torch.dtype | None) -> None:
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        kind = type(dtype).__name__
+        raise TypeError(f"dtype is of type {kind}; pass one of torch, such as torch.bfloat16")
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype} cannot be that of weights; pass a float, or None")
 
 
 def from_files(
@@ -159,6 +184,7 @@ def load_tokenizer(source: str | os.PathLike) -> PreTrainedTokenizerBase:
 
 
 def _read(what: str, source: str | os.PathLike, read: Callable[[], Any]) -> Any:
+    check_path(source, "source")
     try:
         return read()
     except OSError as error:
@@ -345,6 +371,7 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
     Returns: None without a template, or if it writes no such token.
     """
+    check_tokenizer(tokenizer)
     found = _turn(tokenizer)
     if found is None:
         return None
@@ -401,6 +428,10 @@ def prompt_ids(
 
     Raises: ValueError as there; `name` is what its messages call the list.
     """
+    check_tokenizer(tokenizer)
+    if isinstance(prompts, str):
+        raise ValueError(f"{name} is one text; put it into a list")
+    check_list(prompts, name)
     if isinstance(next(iter(prompts), None), Mapping):
         raise ValueError(f"{name} is one conversation; put it into a list")
     found = {i: messages_of(one) for i, one in enumerate(prompts)}
@@ -478,8 +509,12 @@ def decode(tokenizer: PreTrainedTokenizerBase, tokens: Tensor, mask: Tensor) -> 
     """
     check_tokenizer(tokenizer)
     same_shape(tokens=tokens, mask=mask)
+    integers(tokens=tokens)
+    mask = zero_or_one(mask)
+    if tokens.numel() and tokens.min() < 0:
+        raise ValueError("tokens holds a number below 0; pass tokens of this tokenizer")
     special = _special_ids(tokenizer)
-    rows = (row[counts.bool()].tolist() for row, counts in zip(tokens, mask, strict=True))
+    rows = (row[counts].tolist() for row, counts in zip(tokens, mask, strict=True))
     return [_spelt_behind(tokenizer, _up_to_end(tokenizer, ids, special)) for ids in rows]
 
 
@@ -581,7 +616,7 @@ def _ends_of(
     end = tokenizer.eos_token_id
     if end is None:
         raise ValueError("tokenizer has no end-of-text token, so a response could never end")
-    talks = [messages_of(prompt) is not None for prompt in prompts or ()]
+    talks = [messages_of(prompt) is not None for prompt in (() if prompts is None else prompts)]
     if not any(talks):
         return [end] * len(responses)
     gap, _ = _turn(tokenizer) or ("", [])
@@ -716,6 +751,9 @@ def lora_policy(
     Raises: ValueError if the model carries an adapter already, or has no such layers.
     Source: Hu et al. 2022, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1.
     """
+    check_model(model)
+    in_range(rank, "rank", 1)
+    in_range(alpha, "alpha", 0.0, open_low=True)
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError(
             "model carries an adapter already; train that one, or call merge_and_unload() on it"
@@ -723,6 +761,8 @@ def lora_policy(
         )
     if isinstance(target_modules, str) and target_modules != "all-linear":
         raise ValueError(f"target_modules={target_modules!r} is one text; pass a list of names")
+    if target_modules is not None and not isinstance(target_modules, set | str):
+        check_texts(target_modules=target_modules)
     if target_modules is None:
         endings = {name.rpartition(".")[2] for name, _ in model.named_modules()}
         target_modules = [name for name in _ATTENTION if name in endings]
@@ -843,6 +883,8 @@ class ValueModel(nn.Module):
 
     def __init__(self, model: PreTrainedModel | PeftModel, share_trunk: bool = False) -> None:
         super().__init__()
+        check_model(model)
+        true_or_false(share_trunk, "share_trunk")
         base = language_model(model)
         trunk = base.base_model
         self.trunk = trunk if share_trunk else copy.deepcopy(trunk)

@@ -32,9 +32,12 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_helpers import rewards
 from rlhf_helpers._validate import (
+    as_numbers,
+    check_each,
     check_list,
     check_path,
     check_seed,
+    check_some,
     check_text,
     finite,
     floats,
@@ -107,17 +110,20 @@ def from_rows(rows: Iterable[Mapping]) -> Dataset:
         and line ends at the ends of a response, and letters that cannot be seen, count for
         nothing.
     """
-    has(rows, "rows", "a list of pairs", "__iter__")
+    return _from_rows(rows, "rows")
+
+
+def _from_rows(rows: Iterable[Mapping], name: str) -> Dataset:
+    has(rows, name, "a data set, or a list of rows", "__iter__")
     rows = list(rows)
-    if not rows:
-        raise ValueError("rows is empty; pass at least one pair")
+    check_some(rows, name, "pair")
     found, problems = [], []
     for i, row in enumerate(rows):
         try:
             found.append(_checked(row))
         except ValueError as error:
-            problems.append(f"rows[{i}]: {error}")
-    _refuse("rows", problems)
+            problems.append(f"{name}[{i}]: {error}")
+    _refuse(name, problems)
     return _dataset(found)
 
 
@@ -167,8 +173,7 @@ def write_jsonl(pairs: Iterable[Mapping], path: str | os.PathLike) -> None:
     Raises: ValueError as `from_rows`; OSError if the folder cannot be written.
     """
     check_path(path, "path")
-    has(pairs, "pairs", "a data set, or a list of rows", "__iter__")
-    pairs = from_rows(pairs)
+    pairs = _from_rows(pairs, "pairs")
     path = Path(path).resolve()
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -601,9 +606,7 @@ def _check_pairs(
         raise ValueError(
             f"prompts, first and second have lengths {sizes}; pass three lists of one length"
         )
-    check_list(annotators, "annotators")
-    for index, one in enumerate(annotators):
-        has(one, f"annotators[{index}]", "an Annotator", *Annotator.__dataclass_fields__)
+    check_each(annotators, "annotators", "an Annotator", *Annotator.__dataclass_fields__)
     names = [one.name for one in annotators]
     if not names or len(set(names)) < len(names):
         raise ValueError(
@@ -612,12 +615,13 @@ def _check_pairs(
     rows = zip(prompts, first, second, strict=True)
     checked = ((i, _problem(dict(zip(TEXTS, row, strict=True)))) for i, row in enumerate(rows))
     problems = [f"pair {i}: {problem}" for i, problem in checked if problem]
-    _refuse("first (as chosen) and second (as rejected)", problems)
+    _refuse("prompts, first (as chosen) and second (as rejected)", problems)
 
 
 def _utilities(
     utility: Utility, prompts: Sequence[Prompt], responses: Sequence[str]
 ) -> list[float]:
+    rewards.check_reward(utility, "utility")
     values = rewards.call(utility, list(prompts), list(responses))
     # a number can be read from a text of digits, one by one
     if isinstance(values, str) or any(isinstance(value, str) for value in values):
@@ -635,6 +639,50 @@ def _utilities(
 def _logistic(rng: random.Random) -> float:
     uniform = rng.random() or 2.0**-54
     return math.log(uniform / (1.0 - uniform))
+
+
+# --- several people ------------------------------------------------------------------------------
+
+
+class Ratings(NamedTuple):
+    """What several annotators said about the same pairs, side by side."""
+
+    prompts: list[Prompt]
+    first: list[str]
+    second: list[str]
+    preferences: Tensor  # [N, A]: 1 where the first was preferred, 0 the second, 0.5 a tie, or NaN
+    annotators: list[str]
+
+
+def by_pair(pairs: Iterable[Mapping]) -> Ratings:
+    """Answers of several people, one a row, gathered by what they were about.
+
+    Args:
+        pairs: a data set of pairs, or rows as `from_rows` takes them, each with an annotator. The
+            rows of one pair need not be neighbours.
+    Returns: Ratings, pairs in the order in which they come first, annotators by name; NaN where one
+        did not answer. Which of two responses is the first does not depend on the answers: it is
+        the one that comes first in the alphabet.
+    Raises: ValueError as `from_rows`, on a row without an annotator, or a pair that one annotator
+        answered twice.
+    """
+    answers: dict[str, dict[str, float]] = {}
+    texts: dict[str, tuple[Prompt, str, str]] = {}
+    for index, row in enumerate(from_rows(pairs)):
+        name = row.get("annotator")
+        if name is None:
+            raise ValueError(f"pairs[{index}] has no annotator; say in each row who answered")
+        first, second = sorted((row["chosen"], row["rejected"]))
+        key = json.dumps([row["prompt"], first, second])
+        texts.setdefault(key, (row["prompt"], first, second))
+        given = answers.setdefault(key, {})
+        if name in given:
+            raise ValueError(f"pairs[{index}] is a second answer of {name!r} to one pair; keep one")
+        given[name] = 0.5 if row.get("tie") else float(row["chosen"] == first)
+    names = sorted({name for given in answers.values() for name in given})
+    table = [[given.get(name, math.nan) for name in names] for given in answers.values()]
+    prompts, firsts, seconds = map(list, zip(*texts.values(), strict=True))
+    return Ratings(prompts, firsts, seconds, torch.tensor(table, dtype=torch.float64), names)
 
 
 # --- agreement -----------------------------------------------------------------------------------
@@ -663,7 +711,8 @@ def fleiss_kappa(table: np.ndarray | Tensor, seed: int = 0) -> Agreement:
     # it takes a second, and few callers need it
     from statsmodels.stats.inter_rater import fleiss_kappa as kappa
 
-    table = np.asarray(table, dtype=float)
+    in_range(seed, "seed", 0)
+    table = as_numbers(table, "table").numpy()
     if table.ndim != 2 or len(table) < 2:
         raise ValueError(
             f"table has shape {table.shape}; pass [items, categories], two items or more"
@@ -702,7 +751,8 @@ def krippendorff_alpha(
     import krippendorff
 
     one_of(level, LEVELS, "level")
-    ratings = np.asarray(ratings, dtype=float)
+    in_range(seed, "seed", 0)
+    ratings = as_numbers(ratings, "ratings").numpy()
     if ratings.ndim != 2 or np.isinf(ratings).any():
         raise ValueError(f"ratings has shape {ratings.shape}; pass finite [items, annotators]")
     ratings = ratings[(~np.isnan(ratings)).sum(1) >= 2]
@@ -749,7 +799,7 @@ def fit_strengths(wins: np.ndarray | Tensor) -> Tensor:
     Source: Bradley and Terry 1952, "Rank Analysis of Incomplete Block Designs"; the condition: Ford
         1957, "Solution of a Ranking Problem from Binary Comparisons".
     """
-    wins = torch.as_tensor(wins, dtype=torch.float64)
+    wins = as_numbers(wins, "wins")
     _check_wins(wins)
     strengths = torch.zeros(len(wins), dtype=torch.float64)
     for _ in range(_NEWTON_STEPS):
@@ -809,7 +859,7 @@ def stochastic_transitivity_violations(p: np.ndarray | Tensor) -> int:
     Raises: ValueError on another shape, probabilities outside [0, 1], pairs that do not sum to 1.
     Source: Tversky 1969, "Intransitivity of Preferences".
     """
-    p = torch.as_tensor(p, dtype=torch.float64).clone()
+    p = as_numbers(p, "p").clone()
     if p.dim() != 2 or p.shape[0] != p.shape[1]:
         raise ValueError(f"p has shape {tuple(p.shape)}; pass [K, K]")
     p.fill_diagonal_(0.5)

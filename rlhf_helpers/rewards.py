@@ -24,7 +24,15 @@ import torch
 from torch import Tensor
 
 from rlhf_helpers._forward import context_of
-from rlhf_helpers._validate import check_list, check_text, check_texts, has, in_range
+from rlhf_helpers._validate import (
+    check_function,
+    check_list,
+    check_path,
+    check_text,
+    check_texts,
+    has,
+    in_range,
+)
 from rlhf_helpers.conversations import Prompt, plain_text
 from rlhf_helpers.settings import Settings
 from rlhf_helpers.worlds import reviews
@@ -103,6 +111,7 @@ def score(
             "for each completion"
         )
     check_columns(columns)
+    check_reward(reward)
     name = getattr(reward, "__name__", type(reward).__name__)
     values = plain(call(reward, list(prompts), list(completions), **columns))
     if not isinstance(values, list | tuple):
@@ -157,12 +166,9 @@ def call(
     return reward(**named)
 
 
-def check_reward(reward: Reward) -> None:
-    """Raises: TypeError unless the reward can be called."""
-    if not callable(reward):
-        raise TypeError(
-            f"reward is of type {type(reward).__name__}; pass a function of prompts and completions"
-        )
+def check_reward(reward: Reward, name: str = "reward") -> None:
+    """Raises: TypeError unless the reward, which messages call `name`, can be called."""
+    check_function(reward, name, "a function of prompts and completions")
 
 
 def check_columns(
@@ -311,6 +317,7 @@ def formatted(prompts: list[str], completions: list[str], **columns: Any) -> lis
     mark; no two spaces stand side by side; no space stands before a punctuation mark. Spaces at
     both ends do not matter, nor quotation marks and brackets around it. An empty text keeps none.
     """
+    check_texts(completions=completions)
     return [_form(text.strip()) for text in completions]
 
 
@@ -402,7 +409,8 @@ def classifier(
     """
     in_range(batch_size, "batch_size", 1)
     check_text(label, "label")
-    model, tokenizer = _load_classifier(name)
+    check_path(name, "name")
+    model, tokenizer = _load_classifier(name, device)
     index = _label_index(model.config, label)
     model.to(device).eval()
     limit = _longest_input(model, tokenizer)
@@ -491,12 +499,13 @@ def _log_odds(logits: Tensor, index: int) -> Tensor:
 
 
 def _load_classifier(
-    name: str | os.PathLike,
+    name: str | os.PathLike, device: str | torch.device
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers import AutoModelForSequenceClassification
 
-    from rlhf_helpers.models import from_files, load_tokenizer
+    from rlhf_helpers.models import check_device, from_files, load_tokenizer
 
+    check_device(device)
     kind = AutoModelForSequenceClassification
     return from_files(kind, name, torch.float32, "classifier"), load_tokenizer(name)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -35,6 +36,7 @@ from rlhf_helpers._validate import (
     in_range,
     integers,
     same_shape,
+    token_ids,
     zero_or_one,
 )
 from rlhf_helpers.conversations import Prompt
@@ -176,12 +178,20 @@ def ended(rollout: Rollout, ends: Sequence[int]) -> Tensor:
     """Whether each completion came to one of the end tokens, [N]."""
     has(rollout, "rollout", "a Rollout, as sample returns it", *Rollout._fields)
     completions = rollout.tokens[:, rollout.prompt_length :]
-    found = torch.isin(completions, torch.tensor(ends, dtype=torch.long, device=completions.device))
+    ends = torch.tensor(token_ids(ends, "ends"), dtype=torch.long, device=completions.device)
+    found = torch.isin(completions, ends)
     return (found & rollout.completion_mask).any(1)
 
 
 def texts_of(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, whole: Tensor) -> list[str]:
     """The completions as text; where `whole` [N] is False, as a `models.Cut`."""
+    has(rollout, "rollout", "a Rollout, as sample returns it", *Rollout._fields)
+    whole = zero_or_one(whole, "whole")
+    if whole.shape != rollout.tokens.shape[:1]:
+        raise ValueError(
+            f"whole has shape {tuple(whole.shape)}; pass one for each of the {len(rollout.tokens)}"
+            " completions"
+        )
     completions = rollout.tokens[:, rollout.prompt_length :]
     texts = decode(tokenizer, completions, rollout.completion_mask)
     return [text if done else Cut(text) for text, done in zip(texts, whole.tolist(), strict=True)]
@@ -191,7 +201,8 @@ def _check_numbers(
     max_new_tokens: int, temperature: float, top_k: int, top_p: float, samples_per_prompt: int
 ) -> None:
     in_range(max_new_tokens, "max_new_tokens", 1)
-    if not temperature > 0:
+    in_range(temperature, "temperature", -math.inf, infinite=True)
+    if temperature <= 0:
         raise ValueError(f"temperature={temperature} must be > 0; for greedy decoding take top_k=1")
     in_range(top_k, "top_k", 0)
     in_range(top_p, "top_p", 0.0, 1.0, open_low=True)
@@ -235,9 +246,10 @@ def _end_tokens(
 ) -> Tensor:
     if pad_token_id is None:
         raise ValueError("pad_token_id is None; pass a token, the end token will do")
+    in_range(pad_token_id, "pad_token_id", 0)
     check_vocabulary(model, torch.tensor([pad_token_id]), "pad_token_id")
-    ends = [] if eos_token_id is None else eos_token_id
-    ends = torch.as_tensor(ends, dtype=torch.long, device=device).reshape(-1)
+    ends = [] if eos_token_id is None else token_ids(eos_token_id, "eos_token_id")
+    ends = torch.tensor(ends, dtype=torch.long, device=device)
     check_vocabulary(model, ends, "eos_token_id")
     return ends
 

@@ -45,9 +45,17 @@ from trl import (
 )
 
 from rlhf_helpers import conversations, models, rewards, settings
-from rlhf_helpers._validate import check_list, check_model, check_path, has, in_range, one_of
+from rlhf_helpers._validate import (
+    check_each,
+    check_folder,
+    check_model,
+    check_path,
+    has,
+    in_range,
+    one_of,
+)
 from rlhf_helpers.algorithms import dpo, grpo, reward_model, sft
-from rlhf_helpers.algorithms._loop import steps_per_epoch
+from rlhf_helpers.algorithms._loop import check_settings, steps_per_epoch
 from rlhf_helpers.rollout import end_tokens
 from rlhf_helpers.worlds import arithmetic
 
@@ -101,6 +109,7 @@ def share(total: int, name: str) -> int:
 
 def _common(config: Any, folder: str | Path, steps: int) -> dict[str, Any]:
     """The settings that TRL's four trainers share, without what TRL adds by itself."""
+    check_folder(folder)
     return {
         "output_dir": str(folder),
         "max_steps": steps,
@@ -364,6 +373,7 @@ def sft_trainer(
     Raises: ValueError as `sft.train` or `without_dropout`, or on a batch that the processes cannot
         share.
     """
+    check_model(policy, "policy")
     sft.check(pairs, config)
     examples = sft.encode(tokenizer, pairs)
     rows = {
@@ -445,6 +455,9 @@ def dpo_trainer(
         label smoothing that TRL does not have in this form, or a batch that the processes cannot
         share.
     """
+    check_model(policy, "policy")
+    check_settings(config, dpo.Config)
+    check_each(data, "data", "a Comparison", *reward_model.Comparison._fields)
     _only(config.variant, tuple(DPO_LOSSES), "variant")
     if config.label_smoothing:
         raise ValueError(
@@ -491,10 +504,9 @@ def hard_pairs(data: Sequence[reward_model.Comparison]) -> list[dict[str, Any]]:
 
     Raises: ValueError on a comparison of another size or with a weight, and where nothing is left.
     """
-    check_list(data, "data")
+    check_each(data, "data", "a Comparison", *reward_model.Comparison._fields)
     rows = []
     for index, one in enumerate(data):
-        has(one, f"data[{index}]", "a Comparison", *reward_model.Comparison._fields)
         if isinstance(one.responses, str) or len(one.responses) != 2 or one.weight != 1.0:
             raise ValueError(f"data[{index}] must compare two responses with weight 1")
         if one.preference != 0.5:
@@ -529,6 +541,7 @@ def reward_trainer(
     Raises: ValueError as `hard_pairs` or `without_dropout`, or on another loss than
         "bradley-terry", or a batch that the processes cannot share.
     """
+    check_settings(config, reward_model.Config)
     _only(config.loss, ("bradley-terry",), "loss")
     rows = hard_pairs(data)
     prompts = [row["prompt"] for row in rows]
@@ -578,6 +591,8 @@ def check_config(path: str | Path) -> dict[str, str]:
     Raises: FileNotFoundError; ValueError naming the keys that are not known, or from accelerate.
     """
     check_path(path, "path")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"path={str(path)!r} is no file; pass one, e.g. of CONFIGS")
     # here alone, since parts of it are not public and may move
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
@@ -652,8 +667,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return found
 
 
+def _check_args(args: argparse.Namespace) -> None:
+    has(args, "args", "what parse returns", "steps", "prompts", "held_out", "level", "seed")
+
+
 def config_of(args: argparse.Namespace) -> grpo.Config:
     """The settings of a run as this book's loop takes them."""
+    _check_args(args)
     return grpo.Config(
         iterations=args.steps,
         prompts=args.prompts,
@@ -667,6 +687,7 @@ def config_of(args: argparse.Namespace) -> grpo.Config:
 
 def problems_of(args: argparse.Namespace) -> tuple[list, list]:
     """Problems to train on, in their order, and those to evaluate on, the same for every seed."""
+    _check_args(args)
     held_out = arithmetic.sample(args.held_out, args.level, "held_out")
     return list(arithmetic.problems(args.level, "train")), held_out
 
@@ -674,6 +695,7 @@ def problems_of(args: argparse.Namespace) -> tuple[list, list]:
 def evaluation(args: argparse.Namespace) -> dict[str, Any]:
     """TRL's settings for looking at the held-out problems, all at once, before the first step and
     then at equal distances. With `arithmetic.exact` as the reward their mean reward is pass@1."""
+    _check_args(args)
     return {
         "eval_strategy": "steps",
         "eval_steps": args.evaluate_every,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from rlhf_helpers._validate import in_range, tensors
+from rlhf_helpers._validate import check_function, has, in_range, tensors
 
 
 def conjugate_gradient(
@@ -31,6 +31,7 @@ def conjugate_gradient(
     Source: Hestenes and Stiefel 1952, "Methods of Conjugate Gradients", section 3; used for
         policies by Schulman et al. 2015, "Trust Region Policy Optimization", appendix C.
     """
+    check_function(matvec, "matvec", "a function from v to A·v")
     _check_precision(b, "b")
     if b.dim() != 1 or b.numel() == 0 or not torch.isfinite(b).all():
         raise ValueError(
@@ -45,7 +46,9 @@ def conjugate_gradient(
     for _ in range(int(iterations)):
         if squared <= tolerance:
             break
-        product = matvec(direction).detach()
+        product = matvec(direction)
+        tensors(**{"the result of matvec": product})
+        product = product.detach()
         if product.shape != b.shape:
             raise ValueError(
                 f"matvec returned shape {tuple(product.shape)}; it must keep {tuple(b.shape)}"
@@ -87,6 +90,10 @@ def hessian_vector_product(
         damping < 0.
     Source: Pearlmutter 1994, "Fast Exact Multiplication by the Hessian".
     """
+    check_function(scalar_fn, "scalar_fn", "a function without arguments")
+    has(parameters, "parameters", "a list of tensors", "__iter__")
+    if isinstance(parameters, Tensor):  # its rows would be taken for parameters that go unused
+        raise TypeError("parameters is one tensor; put it into a list")
     parameters = list(parameters)
     in_range(damping, "damping", 0.0)
     tensors(**{f"parameters[{i}]": p for i, p in enumerate(parameters)})
@@ -98,6 +105,8 @@ def hessian_vector_product(
         )
     if vector.shape != (size,):
         raise ValueError(f"vector has shape {tuple(vector.shape)}; the parameters need [{size}]")
+    if vector.dtype not in {p.dtype for p in parameters}:
+        raise ValueError(f"vector has dtype {vector.dtype}, no parameter has; make them equal")
     with torch.enable_grad():
         scalar = scalar_fn()
         tensors(**{"the result of scalar_fn": scalar})

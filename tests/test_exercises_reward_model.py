@@ -3,8 +3,10 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
+from scipy.optimize import minimize
 
 from rlhf_helpers.book.checks import reward_model as checks
 
@@ -12,13 +14,6 @@ from rlhf_helpers.book.checks import reward_model as checks
 def said(capsys, check, answer):
     check(answer)
     return capsys.readouterr().out.strip()
-
-
-def each(function):
-    """A function of two numbers, applied to tensors pair by pair."""
-    return lambda a, b: torch.tensor(
-        [function(x, y) for x, y in zip(a.tolist(), b.tolist(), strict=True)], dtype=torch.float64
-    )
 
 
 def surprise(gap):
@@ -32,9 +27,33 @@ def last_score(scores, mask, pick=max):
     return torch.tensor(found)
 
 
-def loss(chosen, rejected, gap=lambda c, r: c - r):
-    gaps = [gap(c, r) for c, r in zip(chosen.tolist(), rejected.tolist(), strict=True)]
-    return sum(map(surprise, gaps)) / len(gaps)
+def mean_loss(a, b, p):
+    rows = zip(a.tolist(), b.tolist(), p.tolist(), strict=True)
+    return sum(q * surprise(x - y) + (1 - q) * surprise(y - x) for x, y, q in rows) / len(a)
+
+
+def differences(a, b, p, step=1e-6, loss=mean_loss):
+    """Central differences of the mean loss by the scores in a."""
+    rows = torch.eye(len(a), dtype=torch.float64) * step
+    found = [(loss(a + row, b, p) - loss(a - row, b, p)) / (2 * step) for row in rows]
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def newton(chosen, rejected, steps=20):
+    """Maximum likelihood of a logistic regression, by Newton's method."""
+    x = chosen - rejected
+    weights = torch.zeros(x.shape[1], dtype=x.dtype)
+    for _ in range(steps):
+        wrong = 1 / (1 + (x @ weights).exp())
+        hessian = (x * (wrong * (1 - wrong))[:, None]).T @ x
+        weights = weights + torch.linalg.solve(hessian, x.T @ wrong)
+    return weights
+
+
+def by_scipy(chosen, rejected):
+    """The same by SciPy's minimiser, without a gradient, as a list."""
+    x = (chosen - rejected).numpy()
+    return minimize(lambda w: np.logaddexp(0, -x @ w).mean(), np.zeros(x.shape[1])).x.tolist()
 
 
 def majority_ceiling(p, best=lambda q: max(q, 1 - q), enough=(2, 3)):
@@ -49,8 +68,9 @@ def majority_ceiling(p, best=lambda q: max(q, 1 - q), enough=(2, 3)):
 @pytest.mark.parametrize(
     ("check", "stub"),
     [
-        (checks.check_preference_probability, lambda a, b: None),
-        (checks.check_bradley_terry_loss, lambda c, r: None),
+        (checks.check_pair_gradient, lambda a, b, p: None),
+        (checks.check_fit, lambda c, r: None),
+        (checks.check_careless_scores, None),
         (checks.check_last_score, lambda s, m: None),
         (checks.check_last_score, lambda s, m: s[..., s.shape[1] - 1]),
         (checks.check_noise_ceiling, lambda p: None),
@@ -64,11 +84,14 @@ def test_stub_is_not_attempted(capsys, check, stub):
 @pytest.mark.parametrize(
     ("check", "answer"),
     [
+        (checks.check_pair_gradient, differences),
         (
-            checks.check_preference_probability,
-            each(lambda a, b: math.exp(a) / (math.exp(a) + math.exp(b))),
+            checks.check_pair_gradient,
+            lambda a, b, p: ((torch.sigmoid(a - b) - p) / len(a)).tolist(),
         ),
-        (checks.check_bradley_terry_loss, loss),
+        (checks.check_fit, newton),
+        (checks.check_fit, by_scipy),
+        (checks.check_careless_scores, 0.5),
         (checks.check_last_score, last_score),
         (checks.check_noise_ceiling, majority_ceiling),
         (checks.check_score_gap, math.log(4) + math.log(9)),
@@ -81,50 +104,39 @@ def test_right_answer(capsys, check, answer):
 @pytest.mark.parametrize(
     ("check", "answer", "message"),
     [
+        (checks.check_pair_gradient, lambda a, b, p: -differences(a, b, p), "has the other sign"),
         (
-            checks.check_preference_probability,
-            each(lambda a, b: 1 / (1 + math.exp(a - b))),
-            "of the second",
+            checks.check_pair_gradient,
+            lambda a, b, p: len(a) * differences(a, b, p),
+            "gradient of the sum",
         ),
         (
-            checks.check_preference_probability,
-            each(lambda a, b: a / (a + b)),
-            "logarithm of a strength",
-        ),
-        (checks.check_preference_probability, each(lambda a, b: a - b), "this is the log-odds"),
-        (
-            checks.check_preference_probability,
-            each(lambda a, b: -surprise(a - b)),
-            "the logarithm of the probability",
+            checks.check_pair_gradient,
+            lambda a, b, p: -p * (1 - torch.sigmoid(a - b)) / len(a),
+            "the second pulls",
         ),
         (
-            checks.check_bradley_terry_loss,
-            lambda c, r: -(1 / (1 + (r - c).exp())).log().mean(),
-            "take logsigmoid",
+            checks.check_pair_gradient,
+            lambda a, b, p: differences(a, b, torch.ones_like(p)),
+            "labels are not used",
         ),
         (
-            checks.check_bradley_terry_loss,
-            lambda c, r: (1 + (r - c).exp()).log().mean(),
-            "take logsigmoid",
+            checks.check_pair_gradient,
+            lambda a, b, p: [
+                mean_loss(*(x[None] for x in row)) for row in zip(a, b, p, strict=True)
+            ],
+            "these are the losses",
         ),
-        (checks.check_bradley_terry_loss, lambda c, r: loss(c, r) * len(c), "the sum over pairs"),
-        (checks.check_bradley_terry_loss, lambda c, r: -loss(c, r), "never negative"),
-        (checks.check_bradley_terry_loss, lambda c, r: loss(r, c), "are swapped"),
-        (
-            checks.check_bradley_terry_loss,
-            lambda c, r: (1 / (1 + (r - c).exp())).mean(),
-            "the mean probability",
-        ),
-        (
-            checks.check_bradley_terry_loss,
-            lambda c, r: loss(c, r, lambda c, r: c) + loss(c, r, lambda c, r: -r),
-            "stands by itself",
-        ),
-        (
-            checks.check_bradley_terry_loss,
-            lambda c, r: loss(c, r, lambda c, r: c),
-            "the rejected score is missing",
-        ),
+        (checks.check_fit, lambda c, r: -newton(c, r), "the rejected responses score higher"),
+        (checks.check_fit, lambda c, r: c.mean(0) * 0 + 1, "of the way from a coin toss"),
+        (checks.check_fit, lambda c, r: (c - r).mean(0), "times the true log-odds"),
+        (checks.check_fit, lambda c, r: 2 * newton(c, r), "times the true log-odds"),
+        (checks.check_fit, lambda c, r: newton(c, r)[:2], "return 6 finite numbers"),
+        (checks.check_fit, lambda c, r: c @ r, "your function raised RuntimeError"),
+        (checks.check_careless_scores, 2.0, "move together"),
+        (checks.check_careless_scores, 1, "how decided"),
+        (checks.check_careless_scores, 0.25, "not twice"),
+        (checks.check_careless_scores, 0.707, "no root"),
         (
             checks.check_last_score,
             lambda s, m: torch.stack([row[n - 1] for row, n in zip(s, m.sum(1), strict=True)]),

@@ -54,17 +54,25 @@ def test_a_recorded_setting_that_changed_is_named(change, message):
 def test_the_sweep_of_sft_lora_has_every_run():
     record = json.loads((recorded.FOLDER / "sft_lora.json").read_text())
     results, asked = record["results"], record["settings"]
-    for name in ("response", "all"):
-        curves = results[name]["held_out"]
-        assert len(curves) == len(asked["seeds"]) >= 3
-        assert all(len(curve) == len(results["steps"]) for curve in curves)
-        assert all(math.isfinite(value) for curve in curves for value in curve)
-    runs = len(asked["sweep_seeds"])
-    for name in ("full", "lora"):
-        lengths = [len(ends) for ends in results[f"{name}_by_rate"]]
-        assert lengths == [runs] * len(asked[f"{name}_rates"])
-    for ends in results["by_rank"].values():
-        assert [len(values) for values in ends] == [runs] * len(asked["ranks"])
+    tuning, seeds = asked["tuning_seeds"], asked["seeds"]
+    assert len(results["curves"]) == len(seeds)
+    assert {len(curve) for curve in results["curves"]} == {len(results["steps"])}
+    for what in ("all weights", "all tokens", *asked["adapters"]):
+        rates = asked["lora_rates" if what in asked["adapters"] else "full_rates"]
+        rows = [results["runs"][f"{what}, rate {rate:g}"] for rate in rates]
+        assert all(row["seeds"][: len(tuning)] == tuning for row in rows)
+        best = min(rows, key=lambda row: sum(row["nats_validation"][: len(tuning)]))
+        compared = what in ("all weights", "all tokens", "all matrices, rank 8")
+        assert best["seeds"] == (seeds if compared else tuning)
+    for passes in asked["passes"][1:]:
+        row = results["runs"][
+            f"all weights, {passes} passes, rate {asked['config']['learning_rate']:g}"
+        ]
+        assert row["seeds"] == seeds
+    for row in results["runs"].values():
+        values = [value for name, ends in row.items() if "_" in name for value in ends]
+        assert len(values) == 5 * len(row["seeds"])
+        assert all(map(math.isfinite, values))
 
 
 def test_sweeps_are_for_the_scale_they_were_recorded_at(monkeypatch):

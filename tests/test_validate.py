@@ -309,6 +309,14 @@ def test_what_is_no_tensor_of_real_numbers_is_refused(function, name, kind):
     refused(function, name, value)
 
 
+@pytest.mark.parametrize(("function", "name"), of_kind(torch.Tensor))
+def test_nothing_for_a_tensor_is_refused(function, name):
+    """Oracle: the specification: TypeError or ValueError that names the argument, unless it may be
+    None; without a mask all counts."""
+    if name != "mask" and inspect.signature(function).parameters[name].default is not None:
+        refused(function, name, None)
+
+
 SHAPES = [
     (advantages.gae, {"rewards": A[0], "values": A[0], "mask": MASK[0]}, "rewards"),
     (advantages.discounted_returns, {"rewards": A[0], "mask": MASK[0]}, "rewards"),

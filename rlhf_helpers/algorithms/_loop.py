@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_helpers import rewards
-from rlhf_helpers._validate import check_list, check_model, check_path, check_tokenizer, has
+from rlhf_helpers._validate import check_folder, check_list, check_model, check_tokenizer, has
 from rlhf_helpers.logprobs import completion_log_probs
 from rlhf_helpers.rollout import Rollout
 
@@ -36,18 +36,21 @@ def check_given(
     **lists: Sequence,
 ) -> None:
     """Raises: TypeError, naming the argument, on a config without the settings of `kind`, on what
-    is no model, tokenizer, folder or list; ValueError on a folder without a name."""
+    is no model, tokenizer, folder or list; ValueError on a folder without a name, or a file."""
     check_model(model, name)
     check_tokenizer(tokenizer)
-    has(config, "config", f"a Config of {kind.__module__}", *kind.__dataclass_fields__)
+    check_settings(config, kind)
     if folder is not None:
-        check_path(folder, "folder")
-        if not str(folder):
-            raise ValueError("folder is an empty text; pass the name of a folder, or None")
+        check_folder(folder)
     for key, values in lists.items():
         # a text has a message of its own
         if not isinstance(values, str):
             check_list(values, key)
+
+
+def check_settings(config: Any, kind: type) -> None:
+    """Raises: TypeError on a config without the settings of `kind`."""
+    has(config, "config", f"a Config of {kind.__module__}", *kind.__dataclass_fields__)
 
 
 # --- what is trained, and in which order ---------------------------------------------------------

@@ -19,10 +19,12 @@ from torch import Tensor
 from rlhf_helpers._validate import (
     check_generator,
     check_seed,
+    finite,
     floats,
     has,
     in_range,
     one_of,
+    same_shape,
 )
 from rlhf_helpers.kl import AdaptiveKLController, exact_kl
 from rlhf_helpers.logprobs import entropy, masked_whiten, token_log_probs
@@ -143,6 +145,7 @@ def minibatches(batch: Batch, count: int, generator: torch.Generator) -> Iterato
 def reinforce_update(policy: Tensor, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
     """One gradient step on −mean(A·log π): right only while the policy is the one that sampled."""
     _check_batch(batch, policy)
+    _check_optimizer(optimizer)
     log_probs = token_log_probs(policy_logits(policy, batch.contexts), batch.actions)
     loss = policy_gradient_loss(log_probs, batch.advantages)
     optimizer.zero_grad()
@@ -168,7 +171,10 @@ def ppo_penalty_update(
 ) -> None:
     """One gradient step on −mean(ρ·A) + β·KL(π_old‖π), with one coefficient β a run, [R]."""
     _check_batch(batch, policy)
-    floats(coefficients=coefficients)
+    _check_optimizer(optimizer)
+    floats(policy=policy, coefficients=coefficients)
+    if not (coefficients >= 0).all():
+        raise ValueError("coefficients holds a NaN or a number below 0; pass prices ≥ 0")
     if coefficients.shape != policy.shape[:1]:
         raise ValueError(
             f"coefficients has shape {tuple(coefficients.shape)}; pass one for each of the"
@@ -331,6 +337,7 @@ def gradient_norms(policy: Tensor, batch: Batch) -> Tensor:
 
 def trpo_updates(policy: Tensor, batch: Batch, target_kl: float) -> None:
     """A TRPO step for each run by itself, with its own Fisher matrix and line search."""
+    floats(policy=policy)
     _check_batch(batch, policy)
     for run in range(len(policy)):
         one = policy.detach()[run : run + 1].clone().requires_grad_()
@@ -353,8 +360,7 @@ def measure(
     _check_fit(policy, bandit)
     _check_batch(batch)
     has(config, "config", "a contextual_bandit.Config", "clip", "method")
-    floats(held_out=held_out, initial_logits=initial_logits)
-    logits = policy_logits(policy, held_out)
+    logits = _held_out_logits(policy, held_out, initial_logits)
     rollout_logits = policy_logits(policy, batch.contexts)
     log_probs = token_log_probs(rollout_logits, batch.actions)
     clip = config.clip if config.method == "ppo_clip" else math.inf
@@ -370,10 +376,30 @@ def measure(
     }
 
 
+def _held_out_logits(policy: Tensor, held_out: Tensor, initial_logits: Tensor) -> Tensor:
+    """Logits on contexts that all runs share, [R, N, K], of the shape of those at the start."""
+    floats(held_out=held_out, initial_logits=initial_logits)
+    if held_out.dim() != 2 or held_out.shape[1] != policy.shape[2]:
+        raise ValueError(
+            f"held_out has shape {tuple(held_out.shape)}; pass [contexts, {policy.shape[2]}]"
+        )
+    if held_out.dtype != policy.dtype:
+        raise ValueError(
+            f"held_out has dtype {held_out.dtype}, policy {policy.dtype}; make them equal"
+        )
+    logits = policy_logits(policy, held_out)
+    same_shape(initial_logits=initial_logits, **{"logits on held_out": logits})
+    return logits
+
+
 def _check_trpo(target_kl: float, backtracks: int, damping: float) -> None:
     in_range(target_kl, "target_kl", 0.0, open_low=True)
     in_range(backtracks, "backtracks", 1)
     in_range(damping, "damping", 0.0)
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    has(optimizer, "optimizer", "an optimizer of torch, such as Adam", "zero_grad", "step")
 
 
 def _check_batch(batch: Batch, policy: Tensor | None = None) -> None:
@@ -389,6 +415,7 @@ def _check_batch(batch: Batch, policy: Tensor | None = None) -> None:
             raise ValueError(
                 f"policy has {len(policy)} runs, batch {len(batch.actions)}; make them equal"
             )
+        finite(policy, "policy")
 
 
 def _check_fit(policy: Tensor, bandit: LinearBandit) -> None:
@@ -398,6 +425,7 @@ def _check_fit(policy: Tensor, bandit: LinearBandit) -> None:
         raise ValueError(
             f"policy has shape {tuple(policy.shape)}; pass [runs, {list(bandit.weights.shape)}]"
         )
+    finite(policy, "policy")
 
 
 def _check(policy: Tensor, bandit: LinearBandit, config: Config) -> None:

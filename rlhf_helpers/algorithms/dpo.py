@@ -26,7 +26,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from rlhf_helpers import conversations, models, rewards
-from rlhf_helpers._validate import check_path, has, in_range, one_of, same_shape
+from rlhf_helpers._validate import (
+    check_each,
+    check_generator,
+    check_model,
+    check_path,
+    check_some,
+    finite,
+    in_range,
+    one_of,
+    same_shape,
+    tensors,
+)
 from rlhf_helpers.algorithms import sft
 from rlhf_helpers.algorithms._loop import (
     adamw,
@@ -34,6 +45,7 @@ from rlhf_helpers.algorithms._loop import (
     check_finite,
     check_given,
     check_prompts,
+    check_settings,
     check_trainable,
     check_weights,
     mean_of,
@@ -190,9 +202,8 @@ def encode(tokenizer: Tokenizer, data: Sequence[Comparison]) -> list[Example]:
         margin or a weight (DPO knows neither), an empty response, two that are equal as texts (see
         `reward_model.check_comparisons`) or as tokens, or as `sft.encode`.
     """
-    if not data:
-        raise ValueError("data is empty; pass at least one Comparison")
     check_comparisons(data)
+    check_some(data, "data", "Comparison")
     for index, one in enumerate(data):
         if len(one.responses) != 2:
             raise ValueError(f"data[{index}] has {len(one.responses)} responses; pass two")
@@ -217,6 +228,14 @@ def encode(tokenizer: Tokenizer, data: Sequence[Comparison]) -> list[Example]:
 
 def collate(examples: Sequence[Example], reference: Tensor, pad_token_id: int) -> Batch:
     """Put pairs side by side, chosen and rejected as neighbours; masks come from lengths."""
+    _check_examples(examples, "examples")
+    check_some(examples, "examples", "Example")
+    tensors(reference=reference)
+    if reference.shape != (len(examples), 2):
+        raise ValueError(
+            f"reference has shape {tuple(reference.shape)}; pass [{len(examples)}, 2], chosen and"
+            " rejected"
+        )
     sides = [sft.Example(one.prompt, part) for one in examples for part in one[1:3]]
     tokens, attention_mask, mask = sft.collate(sides, pad_token_id)
     preference = torch.tensor([one.preference for one in examples])
@@ -240,6 +259,9 @@ def reference_log_probs(
 ) -> Tensor:
     """log π_ref of all responses, [N, 2], on the CPU; the model must be in the mode that the
     policy is trained in (no dropout)."""
+    check_model(model)
+    _check_examples(examples, "examples")
+    in_range(batch_size, "batch_size", 1)
     device = next(model.parameters()).device
     # pairs of one length next to each other need little padding
     order = sorted(range(len(examples)), key=lambda i: max(map(len, examples[i][1:3])))
@@ -263,6 +285,9 @@ def cached_log_probs(
     Raises: ValueError if the file belongs to another model or other pairs, or is damaged, which a
         checksum of the numbers tells. It is never overwritten.
     """
+    check_path(path, "path")
+    check_model(model)
+    _check_examples(examples, "examples")
     path = Path(path)
     key = {
         "model": model_digest(model),
@@ -470,12 +495,15 @@ def train(
         yield run.history[-1]
 
 
+def _check_examples(examples: Sequence[Example], name: str) -> None:
+    check_each(examples, name, "an Example, as encode returns it", *Example._fields)
+
+
 def _check_lengths(
     policy: nn.Module, data: Sequence[Example], held_out: Sequence[Example], config: Config
 ) -> None:
     for name, examples in (("data", data), ("held_out", held_out)):
-        for index, one in enumerate(examples):
-            has(one, f"{name}[{index}]", "an Example, as encode returns it", *Example._fields)
+        _check_examples(examples, name)
         lengths = [len(one.prompt) + max(map(len, one[1:3])) for one in examples]
         sft.check_lengths(policy, lengths, name, "shorten it or leave it out")
     answered = [len(one.prompt) + config.max_new_tokens for one in held_out[:_KL_PROMPTS]]
@@ -507,6 +535,7 @@ def evaluate(
 ) -> Evaluation:
     """Loss, accuracy, margin and log-probabilities on pairs; reference [N, 2] as from
     `reference_log_probs`."""
+    check_settings(config, Config)
     log_probs = reference_log_probs(policy, examples, pad_token_id)
     lengths = torch.tensor([[len(one.chosen), len(one.rejected)] for one in examples])
     preference = torch.tensor([one.preference for one in examples])
@@ -698,11 +727,15 @@ def accept(scores: Tensor, beta: float, generator: torch.Generator) -> Tensor:
         beta: β > 0; small keeps the best alone.
         generator: of the chance.
     Returns: [B, G], True where kept; the best of each prompt always is.
-    Raises: ValueError if beta ≤ 0.
+    Raises: ValueError if beta ≤ 0, or on scores of another shape or that are not finite.
     Source: Liu et al. 2024, "Statistical Rejection Sampling Improves Preference Optimization",
         algorithm 1.
     """
     in_range(beta, "beta", 0.0, open_low=True)
+    finite(scores, "scores")
+    if scores.dim() != 2:
+        raise ValueError(f"scores has shape {tuple(scores.shape)}; pass [prompts, samples]")
+    check_generator(generator, scores.device)
     scores = scores.double()
     probability = ((scores - scores.amax(1, keepdim=True)) / beta).exp()
     return torch.rand(scores.shape, generator=generator, dtype=torch.float64) < probability
@@ -797,6 +830,7 @@ def train_exact(
 
 
 def _check(config: Config, data: Sequence[Example] | None = None, soft: bool = False) -> None:
+    check_settings(config, Config)
     one_of(config.variant, VARIANTS, "variant")
     for name in _COUNTS:
         in_range(getattr(config, name), name, 1)
@@ -808,8 +842,9 @@ def _check(config: Config, data: Sequence[Example] | None = None, soft: bool = F
         in_range(config.micro_batch, "micro_batch", 1)
     if soft and config.samples_per_prompt < 2:
         raise ValueError("samples_per_prompt must be 2 or more; a pair needs two responses")
-    if data is not None and not data:
-        raise ValueError("data is empty; pass at least one Example")
+    if data is not None:
+        _check_examples(data, "data")
+        check_some(data, "data", "Example")
     sure = not soft and all(one.preference == 1.0 for one in data or ())
     if config.variant not in _SOFT and not (sure and config.label_smoothing == 0.0):
         raise ValueError(

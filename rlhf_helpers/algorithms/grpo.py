@@ -22,7 +22,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from rlhf_helpers import conversations, models, rewards
-from rlhf_helpers._validate import all_equal, in_range, one_of
+from rlhf_helpers._validate import (
+    all_equal,
+    check_list,
+    check_model,
+    check_tokenizer,
+    in_range,
+    one_of,
+)
 from rlhf_helpers.advantages import (
     ADVANTAGE_SCALES,
     group_relative_advantages,
@@ -36,6 +43,7 @@ from rlhf_helpers.algorithms._loop import (
     check_given,
     check_prompts,
     check_ratio,
+    check_settings,
     check_trainable,
     check_weights,
     half_precision,
@@ -420,6 +428,9 @@ def start(policy: nn.Module, tokenizer: Tokenizer, config: Config) -> Run:
     Raises: ValueError if the policy has nothing to train, is trained in float16, or has gradient
         checkpointing on; or as `models.reference`.
     """
+    check_model(policy, "policy")
+    check_tokenizer(tokenizer)
+    check_settings(config, Config)
     check_trainable(policy)
     policy.eval()  # no dropout: the first ratio has to be 1
     device = next(policy.parameters()).device
@@ -554,10 +565,12 @@ def check(
     kinds: Sequence[str] | None,
 ) -> None:
     """Raises: ValueError on prompts, columns, kinds or settings that do not fit, naming them."""
+    check_settings(config, Config)
     check_prompts(prompts, columns)
     if kinds is not None:
         if isinstance(kinds, str):
             raise ValueError("kinds is one text; pass a list with the kind of each prompt")
+        check_list(kinds, "kinds")
         if len(kinds) != len(prompts):
             raise ValueError(f"kinds has {len(kinds)} entries for {len(prompts)} prompts")
         if not all(isinstance(kind, str) for kind in kinds):

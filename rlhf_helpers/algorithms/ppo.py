@@ -21,7 +21,15 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from rlhf_helpers import conversations, models, rewards
 from rlhf_helpers._forward import checked_mask, completion_states
-from rlhf_helpers._validate import as_float, check_model, in_range, one_of
+from rlhf_helpers._validate import (
+    as_float,
+    check_each,
+    check_list,
+    check_model,
+    check_tokenizer,
+    in_range,
+    one_of,
+)
 from rlhf_helpers.advantages import discounted_returns, gae, leave_one_out_advantages
 from rlhf_helpers.algorithms import sft
 from rlhf_helpers.algorithms._loop import (
@@ -32,6 +40,7 @@ from rlhf_helpers.algorithms._loop import (
     check_given,
     check_prompts,
     check_ratio,
+    check_settings,
     check_trainable,
     check_weights,
     half_precision,
@@ -436,12 +445,16 @@ def start(
     Raises: ValueError if the policy has nothing to train, is trained in float16, or has gradient
         checkpointing on; or as `models.reference`.
     """
+    check_model(policy, "policy")
+    check_tokenizer(tokenizer)
+    check_settings(config, Config)
     check_trainable(policy)
     policy.eval()  # no dropout: the first ratio has to be 1
     if value_model is None and config.baseline == "value":
         value_model = models.ValueModel(policy)
     groups = [{"params": trained(policy), "highest": config.learning_rate}]
     if value_model is not None:
+        check_model(value_model, "value_model")
         check_trainable(value_model, "value_model", frozen=True)
         value_model.eval()
         shared = {id(parameter) for parameter in groups[0]["params"]}
@@ -609,7 +622,9 @@ def diagnose(history: Sequence[Metrics]) -> None:
 
     Raises: TrainingStopped named "equal rewards", "collapse" or "negative KL".
     """
+    check_list(history, "history")
     last = history[-PATIENCE:]
+    check_each(last, "history", "Metrics", "score_std", "entropy", "distinct", "kl")
     if len(last) < PATIENCE:
         return
     if all(one.score_std == 0.0 for one in last):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_helpers._validate import check_seed, floats, has, in_range, integers, one_of
+from rlhf_helpers._validate import check_seed, finite, floats, has, in_range, integers, one_of
 from rlhf_helpers.advantages import leave_one_out_advantages
 from rlhf_helpers.losses import policy_gradient_loss
 from rlhf_helpers.worlds.bandits import GaussianBandit
@@ -24,7 +24,7 @@ class Config:
 
     Args:
         steps: updates.
-        batch_size: pulls an update; "leave_one_out" needs at least 2.
+        batch_size: pulls per update; "leave_one_out" needs at least 2.
         learning_rate: of plain gradient ascent on the logits.
         baseline: what is subtracted from a reward: "none", "running_mean" (of all rewards before
             this batch; the first batch has none before it and moves nothing) or "leave_one_out"
@@ -64,10 +64,10 @@ def train(logits: Tensor, bandit: GaussianBandit, config: Config) -> Iterator[Me
     """Train softmax policies by REINFORCE; the caller plots, logs and stops.
 
     Args:
-        logits: [R, K], one policy a run, changed in place.
+        logits: [R, K], one policy per run, changed in place.
         bandit: with means [K] or [R, K].
         config: the settings.
-    Yields: Metrics, one an update.
+    Yields: Metrics, one per update.
     Raises: ValueError on logits that are not [R, K], an unknown baseline, a small batch.
     """
     _check(logits, bandit, config)
@@ -108,10 +108,13 @@ def _check_update(
     for name, given in {"actions": actions, "advantages": advantages}.items():
         if given.dim() != 2 or len(given) != len(logits):
             raise ValueError(f"{name} has shape {tuple(given.shape)}; pass [{len(logits)}, pulls]")
+    if actions.numel() and (actions.min() < 0 or actions.max() >= logits.shape[1]):
+        raise ValueError(f"actions holds an arm outside [0, {logits.shape[1]})")
 
 
 def _check(logits: Tensor, bandit: GaussianBandit, config: Config) -> None:
     floats(logits=logits)
+    finite(logits, "logits")
     has(bandit, "bandit", "a GaussianBandit", "means", "noise_std")
     has(config, "config", "a reinforce.Config", *Config.__dataclass_fields__)
     check_seed(config.seed)

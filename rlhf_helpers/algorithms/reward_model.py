@@ -21,10 +21,15 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from rlhf_helpers import conversations, models
 from rlhf_helpers._forward import context_of, language_model
 from rlhf_helpers._validate import (
+    as_numbers,
+    check_each,
     check_list,
     check_model,
+    check_some,
+    check_texts,
     check_tokenizer,
     finite,
+    has,
     in_range,
     one_of,
     pair_problem,
@@ -65,6 +70,8 @@ class Config:
         max_grad_norm: a longer gradient is shortened to this.
         loss: "bradley-terry", "plackett-luce" for rankings of more than two, or "rao-kupper", which
             gives ties a probability and learns the threshold.
+        threshold_rate: learning rate of the threshold's logarithm, which starts at 0. In a run of
+            some dozens of steps, the rate of a network would leave it there.
         centring: coefficient of the mean squared sum of a comparison's scores, which pulls the
             scores towards mean 0; comparisons say nothing about it.
         evaluate_every: steps between two looks at the held-out comparisons.
@@ -78,14 +85,17 @@ class Config:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     loss: str = "bradley-terry"
+    threshold_rate: float = 0.1
     centring: float = 0.0
     evaluate_every: int = 50
     seed: int = 0
 
 
-# What the chapter changes, by scale, and how many pairs it trains on.
+# What the chapter changes, by scale, how many pairs its recorded runs train on, and how many passes
+# over soft labels end the training of the highest and the lowest scores.
 AT_SCALE = {"tiny": {"learning_rate": 6e-4}, "gpt2": {"learning_rate": 2e-5}}
 PAIRS = 2000
+PASSES = 3
 STRENGTHS = ("unused", "margin", "weight")  # what the strength of a row can become
 # of a row, see `preferences`
 _FIELDS = (
@@ -239,6 +249,11 @@ def collate(
     The score does not depend on the side; a model that reads the last column does.
     """
     one_of(side, SIDES, "side")
+    check_list(texts, "texts")
+    check_some(texts, "texts", "list of tokens")
+    for index, ids in enumerate(texts):
+        check_list(ids, f"texts[{index}]")
+    in_range(pad_token_id, "pad_token_id", 0)
     width = max(map(len, texts))
     tokens = torch.full((len(texts), width), pad_token_id)
     mask = torch.zeros_like(tokens)
@@ -263,7 +278,8 @@ def encode(
     for name, texts in (("prompts", prompts), ("responses", responses)):
         if isinstance(texts, str):
             raise ValueError(f"{name} is one text; pass a list of texts")
-    if not responses or len(prompts) != len(responses):
+        check_list(texts, name)
+    if len(responses) == 0 or len(prompts) != len(responses):
         raise ValueError(
             f"prompts has {len(prompts)} texts and responses {len(responses)}; pass one prompt for "
             "each response, and at least one"
@@ -288,6 +304,7 @@ def scores(
     """
     check_model(model)
     check_tokenizer(tokenizer)
+    in_range(batch_size, "batch_size", 1)
     texts = encode(tokenizer, prompts, responses)
     device = next(model.parameters()).device
     # texts of one length next to each other need little padding
@@ -304,6 +321,8 @@ def as_reward(model: nn.Module, tokenizer: Tokenizer) -> Callable[..., list[floa
     """The model as a reward function: (prompts, completions, **columns) to numbers. A conversation,
     which comes as a `conversations.ConversationText`, is read as the model was trained to, with the
     chat template."""
+    check_model(model)
+    check_tokenizer(tokenizer)
 
     def reward_model(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
         return scores(model, tokenizer, prompts, completions).tolist()
@@ -327,7 +346,12 @@ def comparisons(pairs: Iterable[Mapping], strength: str = "unused") -> list[Comp
     """
     one_of(strength, STRENGTHS, "strength")
     found = []
+    has(pairs, "pairs", "a data set, or a list of rows", "__iter__")
     for index, row in enumerate(pairs):
+        has(row, f"pairs[{index}]", "a row of a data set", "keys", "get")
+        missing = [name for name in _FIELDS[:3] if row.get(name) is None]
+        if missing:
+            raise ValueError(f"pairs[{index}] has no {missing[0]!r}; add it or leave the row out")
         unknown = sorted(set(row) - set(_FIELDS))
         if unknown:
             raise ValueError(
@@ -365,6 +389,11 @@ def labelled(
     for name, texts in (("prompts", prompts), ("first", first), ("second", second)):
         if isinstance(texts, str):
             raise ValueError(f"{name} is one text; pass a list of texts")
+    check_list(prompts, "prompts")
+    check_texts(first=first, second=second)
+    preference = as_numbers(preference, "preference")
+    if preference.ndim != 1:
+        raise ValueError(f"preference has shape {tuple(preference.shape)}; pass [N], one a pair")
     sizes = [len(prompts), len(first), len(second), len(preference)]
     if len(set(sizes)) > 1:
         raise ValueError(f"prompts, first, second and preference have lengths {sizes}")
@@ -380,6 +409,7 @@ def check_comparisons(data: Sequence[Comparison], name: str = "data") -> None:
     Raises: ValueError, with the index, on a prompt that is neither text nor conversation, responses
         that are no texts, an empty response, or two that are equal but for what cannot be seen.
     """
+    check_each(data, name, "a Comparison", *Comparison._fields)
     for index, one in enumerate(data):
         where = f"{name}[{index}]"
         if not isinstance(one.responses, tuple | list):
@@ -389,10 +419,13 @@ def check_comparisons(data: Sequence[Comparison], name: str = "data") -> None:
         messages = conversations.messages_of(one.prompt)
         texts = one.responses if messages is not None else (one.prompt, *one.responses)
         if not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"{where} holds something other than texts")
+            raise ValueError(f"{where} holds something other than texts; pass texts")
         problem = None if messages is None else conversations.conversation_problem(messages)
         if problem:
             raise ValueError(f"{where}.prompt {problem}")
+        in_range(one.preference, f"{where}.preference", 0.0, 1.0)
+        in_range(one.margin, f"{where}.margin", -math.inf)
+        in_range(one.weight, f"{where}.weight", 0.0)
         for first, second in itertools.combinations(one.responses, 2):
             problem = pair_problem(first, second)
             if problem:
@@ -407,6 +440,7 @@ def token_lists(
 
     Raises: ValueError, with the index, as `encode`, or on two responses with the same tokens.
     """
+    check_each(data, name, "a Comparison", *Comparison._fields)
     before = [one.prompt for one in data]
     prompts = models.prompt_ids(tokenizer, before, name)
     columns = [
@@ -556,7 +590,9 @@ def train(
 def _optimizer(model: nn.Module, log_threshold: Tensor | None, config: Config) -> torch.optim.AdamW:
     groups = [{"params": trained(model), "weight_decay": config.weight_decay}]
     if log_threshold is not None:
-        groups.append({"params": [log_threshold], "weight_decay": 0.0})
+        groups.append(
+            {"params": [log_threshold], "lr": config.threshold_rate, "weight_decay": 0.0}
+        )
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=BETAS)
 
 
@@ -572,8 +608,8 @@ def _fitting(
 
 
 def _check(data: Sequence[Comparison], config: Config) -> None:
-    if not data:
-        raise ValueError("data is empty; pass at least one Comparison")
+    check_each(data, "data", "a Comparison", *Comparison._fields)
+    check_some(data, "data", "Comparison")
     one_of(config.loss, LOSSES, "loss")
     size = len(data[0].responses)
     plain = Comparison("", ())
@@ -604,6 +640,7 @@ def _check(data: Sequence[Comparison], config: Config) -> None:
     in_range(config.batch_size, "batch_size", 1)
     in_range(config.warm_up, "warm_up", 0.0, 1.0)
     in_range(config.weight_decay, "weight_decay", 0.0)
+    in_range(config.threshold_rate, "threshold_rate", 0.0, open_low=True)
     in_range(config.centring, "centring", 0.0)
     in_range(config.evaluate_every, "evaluate_every", 1)
     in_range(config.max_grad_norm, "max_grad_norm", 0.0, open_low=True)
@@ -619,6 +656,7 @@ def score_gaps(model: nn.Module, tokenizer: Tokenizer, data: Sequence[Comparison
     check_tokenizer(tokenizer)
     check_list(data, "data")
     check_comparisons(data)
+    check_some(data, "data", "Comparison")
     prompts = [one.prompt for one in data for _ in range(2)]
     responses = [response for one in data for response in one.responses]
     if len(responses) != len(prompts):
@@ -647,11 +685,20 @@ def accuracy(gaps: Tensor, preference: Tensor) -> float:
     Args:
         gaps: [N], log-odds given to the first response.
         preference: [N], P(the first is preferred), or a label: 1, 0, or ½ for a tie.
-    Raises: ValueError on unequal shapes or no comparisons.
+    Raises: ValueError on unequal shapes, no comparisons, a number that is not finite, a preference
+        outside [0, 1].
     """
+    _check_gaps(gaps, preference)
+    return (0.5 + gaps.sign() * (preference - 0.5)).mean().item()
+
+
+def _check_gaps(gaps: Tensor, preference: Tensor) -> None:
     same_shape(gaps=gaps, preference=preference)
     in_range(gaps.numel(), "number of gaps", 1)
-    return (0.5 + gaps.sign() * (preference - 0.5)).mean().item()
+    finite(gaps, "gaps")
+    finite(preference, "preference")
+    if preference.min() < 0 or preference.max() > 1:
+        raise ValueError("preference must lie in [0, 1]: P(the first is preferred), or a label")
 
 
 class Reliability(NamedTuple):
@@ -673,11 +720,8 @@ def reliability(gaps: Tensor, preference: Tensor, bins: int = 10) -> Reliability
     Raises: ValueError on unequal shapes, no comparisons, a number that is not finite, bins < 1.
     Source: Guo et al. 2017, "On Calibration of Modern Neural Networks", section 2.
     """
-    same_shape(gaps=gaps, preference=preference)
-    in_range(gaps.numel(), "number of gaps", 1)
+    _check_gaps(gaps, preference)
     in_range(bins, "bins", 1)
-    finite(gaps, "gaps")
-    finite(preference, "preference")
     gaps, preference = gaps.double(), preference.double()
     confidence = gaps.abs().sigmoid()
     right = torch.where(gaps >= 0, preference, 1.0 - preference)
@@ -715,9 +759,7 @@ def fit_temperature(gaps: Tensor, preference: Tensor) -> float:
         τ would go to 0.
     Source: Guo et al. 2017, section 4.2.
     """
-    same_shape(gaps=gaps, preference=preference)
-    in_range(gaps.numel(), "number of gaps", 1)
-    finite(gaps, "gaps")
+    _check_gaps(gaps, preference)
     gaps, preference = gaps.double(), preference.double()
 
     def slope(inverse: float) -> float:

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from rlhf_helpers import conversations, models, rewards
-from rlhf_helpers._validate import check_model, check_seed, check_tokenizer, has
+from rlhf_helpers._validate import (
+    check_each,
+    check_model,
+    check_seed,
+    check_some,
+    check_tokenizer,
+    has,
+    in_range,
+    true_or_false,
+)
 from rlhf_helpers.algorithms.sft import check_lengths
 from rlhf_helpers.logprobs import completion_log_probs
 from rlhf_helpers.rollout import Rollout, end_tokens, ended, sample, texts_of, write
@@ -114,6 +123,8 @@ def evaluate(
     wanted = ("samples_per_prompt", "max_new_tokens", "temperature")
     has(config, "config", "settings, such as ppo.Config()", *wanted)
     has(judges, "judges", "a dictionary of reward functions", "items")
+    for name, judge in judges.items():
+        rewards.check_reward(judge, f"judges[{name!r}]")
     check_seed(seed)
     device, ends = next(policy.parameters()).device, end_tokens(policy, tokenizer)
     rollout = sample(
@@ -152,6 +163,12 @@ def solve(
 ) -> Tensor:
     """Which of a policy's samples solve the problems: [problems, samples], True where right, for
     `arithmetic.pass_at_k`. Greedy takes the likeliest token each time, so one sample is enough."""
+    check_model(policy, "policy")
+    check_each(problems, "problems", "a Problem", "prompt", "answer")
+    check_some(problems, "problems", "Problem")
+    in_range(samples, "samples", 1)
+    check_seed(seed)
+    true_or_false(greedy, "greedy")
     device = next(policy.parameters()).device
     texts = write(
         policy,

@@ -79,7 +79,7 @@ def recorded(chapter: str, scale: str) -> str:
     one = json.loads(text).get(chapter, {}).get(scale)
     if one is None:
         return "time and memory not yet measured"
-    return f"recorded: up to {one['seconds']} s and {one['memory_mib']} MiB on a {one['device']}"
+    return f"a run takes up to {one['seconds']} s and {one['memory_mib']} MiB on a {one['device']}"
 
 
 def recorded_sweep(chapter: str, run: settings.Settings) -> dict | None:
@@ -165,6 +165,7 @@ def table(rows: Iterable[Sequence[object]], columns: Sequence[str], title: str =
 def _check_claim(row: tuple, name: str) -> None:
     if not isinstance(row, tuple | list) or len(row) != 4:
         raise TypeError(f"{name} is {row!r}; pass (claim, value, low, high)")
+    check_text(row[0], f"{name}: claim")
     for part, number in zip(("value", "low", "high"), row[1:], strict=True):
         if number is not None or part != "value":
             has(number, f"{name}: {part}", "a number", "__float__")

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 from torch import Tensor
 
-from rlhf_helpers._validate import has, in_range
+from rlhf_helpers._validate import as_numbers, check_text, has, in_range
 
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 YELLOW, BLUE, VERMILION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
@@ -87,10 +87,7 @@ def interval(
 
 
 def _as_runs(runs: Tensor | np.ndarray) -> np.ndarray:
-    try:
-        found = np.asarray(runs, dtype=float)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"runs holds something other than numbers ({error})") from error
+    found = as_numbers(runs, "runs").numpy()
     if found.ndim != 2:
         raise ValueError(f"runs has shape {found.shape}; pass [runs, points]")
     return found
@@ -120,10 +117,13 @@ def band(
     in_range(faint, "faint", 0)
     in_range(floor, "floor", -math.inf, infinite=True)
     runs = _as_runs(runs)
-    if not hasattr(x, "__len__") or len(x) != runs.shape[1]:
+    x = as_numbers(x, "x").numpy()
+    if x.shape != runs.shape[1:]:
         raise ValueError(
             f"x must be a list of {runs.shape[1]} numbers, one for each column of runs"
         )
+    if label is not None:
+        check_text(label, "label")
     mean, low, high = interval(runs)
     for run in runs[:faint]:
         ax.plot(x, run, color=colour, alpha=0.12, linewidth=0.7, zorder=1)
@@ -137,6 +137,7 @@ def optimum(ax: Axes, value: float, text: str = "optimum") -> None:
     """Draw the best possible value as a dashed line with its number."""
     has(ax, "ax", "axes of Matplotlib", "axhline", "annotate")
     in_range(value, "value", -math.inf)
+    check_text(text, "text")
     ax.axhline(value, color=COLOURS["optimum"], linestyle="--", linewidth=1.2, zorder=2)
     ax.annotate(
         f"{text} {value:.2f}",
@@ -157,7 +158,9 @@ def label_line(
     _check_colour(colour)
     in_range(x, "x", -math.inf)
     in_range(y, "y", -math.inf)
-    if not hasattr(offset, "__len__") or len(offset) != 2:
+    check_text(text, "text")
+    offset = as_numbers(offset, "offset").numpy()
+    if offset.shape != (2,) or not np.isfinite(offset).all():
         raise ValueError(f"offset={offset!r} must be two numbers, in points")
     ink = tuple(0.7 * part for part in to_rgb(colour))  # thin letters need more contrast than lines
     ax.annotate(
@@ -167,7 +170,9 @@ def label_line(
 
 def finish(ax: Axes, title: str, xlabel: str, ylabel: str) -> None:
     """Title that states the message, and axes with their units."""
-    has(ax, "ax", "axes of Matplotlib", "set_title")
+    has(ax, "ax", "axes of Matplotlib", "set_title", "set_xlabel", "set_ylabel")
+    for name, text in (("title", title), ("xlabel", xlabel), ("ylabel", ylabel)):
+        check_text(text, name)
     ax.set_title(title)
     ax.set_xlabel(xlabel)
     ax.set_ylabel(ylabel)
@@ -199,6 +204,7 @@ def diagnostics(
     Raises: ValueError on no history, an empty one, or a method without a colour.
     """
     _check_histories(histories, colours)
+    check_text(xlabel, "xlabel")
     first = next(iter(histories.values()))[0]
     fields = [(name, label) for name, label in PANEL if hasattr(first, name)]
     columns = 3

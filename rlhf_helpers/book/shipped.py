@@ -10,6 +10,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from rlhf_helpers import models, preferences, rewards, worlds
+from rlhf_helpers._validate import check_seed, has, in_range
 from rlhf_helpers.algorithms import reward_model as rm
 from rlhf_helpers.algorithms import sft
 from rlhf_helpers.settings import Settings
@@ -27,6 +28,9 @@ def preference_pairs(run: Settings, seed: int = 0, count: int = rm.PAIRS) -> lis
         seed: of the openings, the responses and the answers.
         count: how many pairs.
     """
+    _check(run)
+    check_seed(seed)
+    in_range(count, "count", 1)
     policy, tokenizer = models.load(run.model, device=run.device)
     prompts = worlds.load(run.world).openings("train", count, seed)
     luck = torch.Generator(run.device).manual_seed(seed)
@@ -43,6 +47,8 @@ def fit_reward_model(run: Settings, seed: int = 0) -> PreTrainedModel:
         run: as in `preference_pairs`.
         seed: of the pairs and the order of training.
     """
+    _check(run)
+    check_seed(seed)
     model, tokenizer = rm.load(*models.load(run.model, device=run.device), run.device)
     config = rm.Config(**rm.AT_SCALE[run.scale], seed=seed)
     for _ in rm.train(model, tokenizer, preference_pairs(run, seed), config):
@@ -56,6 +62,7 @@ def reward_model(run: Settings) -> PreTrainedModel:
 
     Raises: OSError or ValueError, as `models.load`, if the package is not whole.
     """
+    _check(run)
     if not run.reward_model:
         return fit_reward_model(run)
     kind = AutoModelForSequenceClassification
@@ -69,6 +76,7 @@ def adder(run: Settings) -> tuple[nn.Module, Tokenizer]:
 
     Raises: OSError as `models.load`.
     """
+    _check(run)
     policy, tokenizer = models.load(run.arithmetic_model or run.model, device=run.device)
     if not run.arithmetic_model:
         examples = arithmetic.demonstrations(DEMONSTRATIONS)
@@ -76,3 +84,8 @@ def adder(run: Settings) -> tuple[nn.Module, Tokenizer]:
         for _ in sft.train(policy, tokenizer, examples, config):
             pass
     return policy, tokenizer
+
+
+def _check(run: Settings) -> None:
+    fields = Settings.__dataclass_fields__
+    has(run, "run", "the settings, as settings.load returns them", *fields)

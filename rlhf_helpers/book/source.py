@@ -16,14 +16,17 @@ def show_source(*objects: Callable | type) -> None:
     Raises: ValueError if something is not from this package: only its code is tested here.
     """
     root = Path(__file__).parents[2]
-    for thing in objects:
+    for index, thing in enumerate(objects):
         module = getattr(thing, "__module__", None) or ""
-        if not module.startswith("rlhf_helpers"):
+        plain = inspect.unwrap(thing)
+        has_source = inspect.isroutine(plain) or inspect.isclass(plain)
+        if not has_source or not module.startswith("rlhf_helpers"):
             raise ValueError(
-                f"{thing!r} is not part of rlhf_helpers; show_source prints only the tested package"
+                f"objects[{index}], {thing!r}, is not part of rlhf_helpers; pass its functions and"
+                " classes, since show_source prints only the tested package"
             )
         # a decorator from elsewhere has a file of its own
-        path = Path(inspect.getsourcefile(inspect.unwrap(thing))).relative_to(root)
+        path = Path(inspect.getsourcefile(plain)).relative_to(root)
         code = inspect.getsource(thing).rstrip()
         # longer than any fence that the code itself holds
         fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))

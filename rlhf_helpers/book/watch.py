@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from rlhf_helpers._validate import has, in_range
+from rlhf_helpers._validate import check_folder, has, in_range
 from rlhf_helpers.algorithms.ppo import Metrics
 
 
@@ -26,6 +26,7 @@ def watch(
     in_range(iterations, "iterations", 1)
     writer = None
     if folder is not None:
+        check_folder(folder)
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
@@ -34,6 +35,7 @@ def watch(
     try:
         with tqdm(total=iterations, unit="iteration") as bar:
             for metrics in history:
+                has(metrics, "history", "what train returns", "score", "kl", "iteration")
                 bar.set_postfix_str(f"score {metrics.score:.2f}, KL {metrics.kl:.1f} nats")
                 bar.update()
                 if writer is not None:

@@ -94,8 +94,11 @@ class GaussianBandit:
         floats(logits=logits)
         if self.means.dim() != 1 or logits.shape != self.means.shape:
             raise ValueError(f"logits has shape {tuple(logits.shape)}; pass [arms] for one bandit")
-        if not isinstance(baseline, Tensor):
-            in_range(baseline, "baseline", -math.inf)
+        if isinstance(baseline, Tensor) and baseline.numel() != 1:
+            raise ValueError(f"baseline has shape {tuple(baseline.shape)}; pass one number")
+        in_range(
+            baseline.item() if isinstance(baseline, Tensor) else baseline, "baseline", -math.inf
+        )
         probs = logits.softmax(-1)
         score = torch.eye(len(probs), dtype=probs.dtype) - probs  # row a: ∇ log π(a)
         second_moment = (self.means - baseline).square() + self.noise_std**2
@@ -158,8 +161,8 @@ class LinearBandit:
         check_generator(generator)
         if contexts.shape[:-1] != actions.shape:
             raise ValueError(
-                f"actions has shape {tuple(actions.shape)}; pass one for each context of"
-                f" {contexts.shape}"
+                f"actions has shape {tuple(actions.shape)}, contexts {tuple(contexts.shape)}; pass"
+                " one for each context"
             )
         mean = self.mean_rewards(contexts).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
         return mean + self.noise_std * torch.randn(
@@ -170,7 +173,15 @@ class LinearBandit:
         """Exact expected reward of the softmax policy in each context: logits [..., K], contexts
         [..., D] -> [...]."""
         _check_logits(logits, len(self.weights))
-        return (logits.softmax(-1) * self.mean_rewards(contexts)).sum(-1)
+        means = self.mean_rewards(contexts)
+        try:
+            torch.broadcast_shapes(logits.shape, means.shape)
+        except RuntimeError as error:
+            raise ValueError(
+                f"logits has shape {tuple(logits.shape)}, contexts {tuple(contexts.shape)}; pass a"
+                " row of logits for each context"
+            ) from error
+        return (logits.softmax(-1) * means).sum(-1)
 
     def _check_contexts(self, contexts: Tensor) -> None:
         floats(contexts=contexts)

@@ -133,9 +133,13 @@ def follows(instruction: Instruction, completion: str) -> bool:
 def surprise(instructions: Iterable[Instruction]) -> list[float]:
     """NaN for each: nobody knows how probable a response was."""
     has(instructions, "instructions", "a list of Instructions", "__iter__")
-    return [math.nan for _ in instructions]
+    instructions = list(instructions)
+    for index, one in enumerate(instructions):
+        has(one, f"instructions[{index}]", "an Instruction", "response", "topic")
+    return [math.nan] * len(instructions)
 
 
 def parse(text: str) -> None:
     """None: no grammar has written these reviews."""
+    check_text(text, "text")
     return None

@@ -15,7 +15,7 @@ import random
 import re
 import zlib
 from bisect import bisect
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from functools import cache
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from rlhf_helpers._validate import check_seed, check_text, check_texts, has, in_
 
 SPLITS = ("train", "validation", "held_out")
 VALENCES = (-2, -1, 0, 1, 2)
+_VALENCES = frozenset(VALENCES)
 
 
 def _list(words: str) -> list[str]:
@@ -236,20 +237,34 @@ class Instruction(NamedTuple):
 class Choices:
     """A finite distribution: values with probabilities, drawn by bisection."""
 
-    def __init__(self, pairs: Iterable[tuple[object, float]]) -> None:
+    def __init__(self, pairs: Iterable[tuple[Hashable, float]]) -> None:
         merged: dict = {}
-        for value, weight in pairs:
-            merged[value] = merged.get(value, 0.0) + weight
-        total = sum(merged.values())
+        try:
+            for value, weight in pairs:
+                merged[value] = merged.get(value, 0.0) + weight
+            total = sum(merged.values())
+            shares = 0 < total < math.inf and min(merged.values()) >= 0
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"pairs is no list of (value, weight): {error}") from error
+        if not shares:
+            raise ValueError("pairs has weights that are no shares; pass some ≥ 0, not all 0")
         self.probs = {value: weight / total for value, weight in merged.items() if weight}
         self.values = list(self.probs)
         self.edges = list(itertools.accumulate(self.probs.values()))[:-1]
 
     def draw(self, rng: random.Random):
-        return self.values[bisect(self.edges, rng.random())]
+        try:
+            place = rng.random()
+        except AttributeError:  # asked only now, since a text takes many draws
+            has(rng, "rng", "a random.Random", "random")
+            raise
+        return self.values[bisect(self.edges, place)]
 
     def log_prob(self, value) -> float:
-        return math.log(self.probs[value])
+        try:
+            return math.log(self.probs[value])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"value={value!r} is none of the choices; pass one of them") from error
 
     def entropy(self) -> float:
         return -sum(p * math.log(p) for p in self.probs.values())
@@ -261,10 +276,16 @@ class Choices:
 def stars_of(valences: Iterable[int]) -> int:
     """3 plus the mean valence, rounded half away from zero: 1 to 5."""
     has(valences, "valences", "numbers from −2 to 2", "__iter__")
-    valences = list(valences)
+    valences = valences.tolist() if hasattr(valences, "tolist") else list(valences)
     if not valences:
         raise ValueError("valences is empty; pass at least one number from −2 to 2")
-    total, count = sum(valences), len(valences)
+    try:
+        known = _VALENCES.issuperset(valences) and [int(one) for one in valences]
+    except TypeError:  # what has no hash, or is complex
+        known = False
+    if not known:
+        raise ValueError(f"valences={valences!r}; pass whole numbers from −2 to 2")
+    total, count = sum(known), len(known)
     size = (2 * abs(total) + count) // (2 * count)
     return 3 + (size if total >= 0 else -size)
 
@@ -572,6 +593,13 @@ def instructions(split: str, n: int, seed: int = 0) -> list[Instruction]:
     return found
 
 
+def kept_back(request: Instruction) -> bool:
+    """Whether a request is of a kind that stays out of training, so that a model that follows it
+    has put topic and stars together by itself: of each topic one of the five numbers of stars."""
+    has(request, "request", "an Instruction", "topic", "stars")
+    return request.stars == 1 + zlib.crc32(request.topic.encode()) % 5
+
+
 # --- reading -------------------------------------------------------------------------------------
 
 
@@ -686,6 +714,8 @@ def parse_response(text: str, topic: str | None = None) -> Review | None:
     Its `log_prob` is that of the text given its stars and its topic, the first aspect it judges.
     """
     check_text(text, "text")
+    if topic is not None:
+        check_text(topic, "topic")
     read = _read_body(f" {text}", None)
     if read is None or topic not in (None, read[1][0].aspect):
         return None

@@ -88,7 +88,9 @@ def judge_number(
     if answer is None:
         print("Not attempted: replace None with your prediction, then run this cell again.")
         return
-    if not isinstance(answer, (int, float)):
+    if getattr(answer, "ndim", None) == 0:
+        answer = answer.item()  # a number of NumPy or torch
+    if isinstance(answer, bool) or not isinstance(answer, (int, float)):
         print(f"Not yet: {answer!r} is not a number; write one such as 0.5.")
         return
     if near(float(answer), right):

@@ -6,62 +6,43 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rlhf_helpers.book.checks.judge import Function, judge, judge_number, vector
+from rlhf_helpers.book.checks.judge import Function, judge, judge_number, numbers, vector
 
 
-def check_preference_probability(answer: Function) -> None:
-    """Exercise 1: answer(score_1, score_2) -> P(the first is preferred), elementwise."""
+def check_pair_gradient(answer: Function) -> None:
+    """Exercise 3: answer(scores_1 [N], scores_2 [N], p [N]) -> the gradient of the mean loss by
+    scores_1, [N]."""
+
+    def scaled(weight: Function) -> Function:
+        return lambda a, b, p: -weight(a, b, p) / len(a)
+
     judge(
         answer,
-        lambda a, b: torch.sigmoid(a - b),
+        scaled(lambda a, b, p: p - torch.sigmoid(a - b)),
         [
-            (vector([2.0, 0.5, -1.0]), vector([1.0, 0.5, 3.0])),
-            (vector([0.3]), vector([2.5])),
+            (vector([2.0, 0.5, -1.0]), vector([1.0, 1.5, 0.0]), vector([1.0, 0.8, 0.2])),
+            (vector([0.3, 4.0]), vector([2.5, -4.0]), vector([0.4, 0.6])),
         ],
         {
-            "the sign is turned round: this is the probability of the second.": lambda a, b: (
-                torch.sigmoid(b - a)
+            "this has the other sign, or is the gradient by the second scores: a step down it"
+            " lowers the score of the response that people prefer.": scaled(
+                lambda a, b, p: torch.sigmoid(a - b) - p
             ),
-            "these are shares of the scores; a score is the logarithm of a strength.": (
-                lambda a, b: a / (a + b)
+            "this is the gradient of the sum; the loss is a mean over N pairs.": lambda a, b, p: (
+                torch.sigmoid(a - b) - p
             ),
-            "this is the log-odds; σ makes a probability of it.": lambda a, b: a - b,
-            "this is the logarithm of the probability.": lambda a, b: logsigmoid(a - b),
-        },
-    )
-
-
-def check_bradley_terry_loss(answer: Function) -> None:
-    """Exercise 2: answer(chosen [N], rejected [N]) -> mean surprise of the choices."""
-    far = (torch.tensor([0.0, 1.0]), torch.tensor([200.0, 0.0]))
-    judge(
-        answer,
-        lambda c, r: -logsigmoid(c - r).mean(),
-        [(vector([2.0, 0.5, -1.0]), vector([1.0, 1.5, 0.0])), far],
-        {
-            "infinite at a gap of −200, where exp overflows and σ becomes 0: take logsigmoid.": (
-                lambda c, r: -torch.sigmoid(c - r).log().mean()
-            ),
-            "this is the sum over pairs; return the mean.": lambda c, r: -logsigmoid(c - r).sum(),
-            "the sign is turned round: a surprise is never negative.": (
-                lambda c, r: logsigmoid(c - r).mean()
-            ),
-            "chosen and rejected are swapped.": lambda c, r: -logsigmoid(r - c).mean(),
-            "this is the mean probability; the surprise is minus its logarithm.": lambda c, r: (
-                torch.sigmoid(c - r).mean()
-            ),
-            "each score stands by itself here; only their difference has a meaning.": (
-                lambda c, r: -(logsigmoid(c) + logsigmoid(-r)).mean()
-            ),
-            "the rejected score is missing; the loss is that of the difference.": lambda c, r: (
-                -logsigmoid(c).mean()
+            "this is right where everybody preferred the first; with p below 1 the second pulls,"
+            " too.": scaled(lambda a, b, p: p * (1 - torch.sigmoid(a - b))),
+            "the labels are not used.": scaled(lambda a, b, p: 1 - torch.sigmoid(a - b)),
+            "these are the losses; their derivative is asked for.": lambda a, b, p: (
+                -(p * logsigmoid(a - b) + (1 - p) * logsigmoid(b - a))
             ),
         },
     )
 
 
 def check_last_score(answer: Function) -> None:
-    """Exercise 3: answer(scores [N, T], mask [N, T]) -> the score at the last real token, [N]."""
+    """Exercise 2: answer(scores [N, T], mask [N, T]) -> the score at the last real token, [N]."""
 
     def at(scores: Tensor, column: Tensor) -> Tensor:
         return scores[torch.arange(len(scores)), column]
@@ -128,7 +109,7 @@ def check_noise_ceiling(answer: Function) -> None:
 
 
 def check_score_gap(answer: float | None) -> None:
-    """Exercise 5: the gap between first and third, from P(1st over 2nd) = 0.8 and P(2nd over 3rd)
+    """Exercise 1: the gap between first and third, from P(1st over 2nd) = 0.8 and P(2nd over 3rd)
     = 0.9."""
     judge_number(
         answer,
@@ -144,3 +125,73 @@ def check_score_gap(answer: float | None) -> None:
             "that is the gap between second and third alone.": 2.197,
         },
     )
+
+
+def check_careless_scores(answer: float | None) -> None:
+    """Exercise 5: by which factor fitted scores change if the annotators' noise is doubled."""
+    judge_number(
+        answer,
+        0.5,
+        {
+            "noisier answers are less decided, so scores move together, not apart.": 2.0,
+            "the order stays, but a score is a log-odds: it knows how decided people are.": 1.0,
+            "the noise divides the difference once, not twice.": 0.25,
+            "τ divides the difference of qualities as it is; no root is taken.": 0.71,
+        },
+    )
+
+
+_SEEDS = (20, 21, 22)  # of the data that a fit is tried on
+
+
+def check_fit(answer: Function) -> None:
+    """Exercise 6: answer(chosen [N, D], rejected [N, D]) -> weights [D] of a linear reward."""
+    ways, slopes = [], []
+    for seed in _SEEDS:
+        true, chosen, rejected, gaps = _choices(seed)
+        try:
+            given = answer(chosen.clone(), rejected.clone())
+            weights = None if given is None else numbers(given)
+        except Exception as error:
+            print(f"Not yet: your function raised {type(error).__name__}: {error}")
+            return
+        if weights is None:
+            print(
+                "Not attempted: your function returns nothing yet. Write it, then run this cell"
+                " again."
+            )
+            return
+        if weights.shape != true.shape or not weights.isfinite().all():
+            print(f"Not yet: return {len(true)} finite numbers, one weight for each feature.")
+            return
+        p = torch.sigmoid(gaps @ true)
+        right = torch.where(gaps @ weights > 0, p, 1 - p).mean()
+        ways.append(((right - 0.5) / (torch.maximum(p, 1 - p).mean() - 0.5)).item())
+        slopes.append(((weights @ true) / (true @ true)).item())
+    way, slope = sum(ways) / len(ways), sum(slopes) / len(slopes)
+    if way < -0.5:
+        print("Not yet: the sign is turned round; the rejected responses score higher.")
+    elif way < 0.9:
+        print(
+            f"Not yet: on held-out pairs your weights go {way:.0%} of the way from a coin toss to"
+            " the ceiling; it should be more than 90%. Does the loss see the difference of the two"
+            " scores, and does each step take all pairs?"
+        )
+    elif not 0.8 < slope < 1.25:
+        print(
+            f"Not yet: the order is right, but your gaps are {slope:.1f} times the true log-odds."
+            " Is it the mean surprise that you made small, and did you go on until it stood still?"
+        )
+    else:
+        print("Right.")
+
+
+def _choices(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """True weights, features of 2,000 chosen and rejected responses, and held-out differences."""
+    generator = torch.Generator().manual_seed(seed)
+    true = torch.randn(6, generator=generator, dtype=torch.float64) * 0.7
+    first, second, one, two = torch.randn(4, 2000, 6, generator=generator, dtype=torch.float64)
+    luck = torch.rand(2000, generator=generator, dtype=torch.float64)
+    wins = (luck < torch.sigmoid((first - second) @ true))[:, None]
+    chosen, rejected = torch.where(wins, first, second), torch.where(wins, second, first)
+    return true, chosen, rejected, one - two

@@ -6,23 +6,25 @@ import torch
 from torch import Tensor
 
 from rlhf_helpers.book.checks.judge import Function, judge, judge_number, vector
+from rlhf_helpers.worlds import enumerable
 
 
-def check_gae(answer: Function) -> None:
-    """Exercise 1: answer(rewards [T], values [T], lam) -> advantages [T], without discount."""
+def check_targets(answer: Function) -> None:
+    """Exercise 1: answer(rewards [T], values [T], lam) -> value targets [T], without discount."""
 
-    def summed(td_errors: Tensor, decay: float) -> Tensor:
-        sums, running = torch.zeros_like(td_errors), 0.0
-        for t in reversed(range(len(td_errors))):
-            running = td_errors[t] + decay * running
-            sums[t] = running
-        return sums
-
-    def after(values: Tensor, end: Tensor | float = 0.0) -> Tensor:
-        return torch.cat([values[1:], torch.as_tensor(end, dtype=values.dtype).reshape(1)])
-
-    def right(rewards: Tensor, values: Tensor, lam: float) -> Tensor:
-        return summed(rewards + after(values) - values, lam)
+    def right(
+        rewards: Tensor,
+        values: Tensor,
+        lam: float,
+        end: Tensor | float = 0.0,
+        mix: Function = lambda guess, target, lam: (1 - lam) * guess + lam * target,
+    ) -> Tensor:
+        targets = torch.zeros_like(values)
+        after = target = torch.as_tensor(end, dtype=values.dtype)
+        for t in reversed(range(len(rewards))):
+            target = rewards[t] + mix(after, target, lam)
+            targets[t], after = target, values[t]
+        return targets
 
     judge(
         answer,
@@ -33,24 +35,25 @@ def check_gae(answer: Function) -> None:
             (vector([4.0]), vector([1.5]), 0.95),
         ],
         {
-            "these are the TD errors, which is λ = 0; add the later ones with weights λ, λ², ….": (
+            "these are the advantages; the targets are larger by the values.": (
+                lambda r, v, lam: right(r, v, lam) - v
+            ),
+            "these are TD's targets, which is λ = 0; mix in the next target with weight λ.": (
                 lambda r, v, lam: right(r, v, 0.0)
             ),
-            "this is the return minus the value, which is λ = 1; weigh later TD errors by λ, λ², "
-            "….": lambda r, v, lam: right(r, v, 1.0),
-            "these are the returns; the advantages are smaller by the values.": (
-                lambda r, v, lam: right(r, v, lam) + v
+            "these are the returns, which is λ = 1; mix in the next value with weight 1 − λ.": (
+                lambda r, v, lam: right(r, v, 1.0)
+            ),
+            "λ and 1 − λ have changed places: a large λ follows the text, not the critic.": (
+                lambda r, v, lam: right(r, v, 1 - lam)
             ),
             "the value after the last token is 0; here the last value is used again.": (
-                lambda r, v, lam: summed(r + after(v, v[-1]) - v, lam)
+                lambda r, v, lam: right(r, v, lam, end=v[-1])
             ),
-            "the next value is missing: δ_t = r_t + V(s_{t+1}) − V(s_t).": (
-                lambda r, v, lam: summed(r - v, lam)
-            ),
-            "the sum runs the wrong way: a token is credited with what comes after it, not "
-            "before.": (lambda r, v, lam: summed((r + after(v) - v).flip(0), lam).flip(0)),
-            "λ multiplies the rewards; it should multiply the TD errors.": lambda r, v, lam: (
-                summed(r, lam) - v
+            "the next target is multiplied by λ, but the next value is missing: it has weight "
+            "1 − λ.": lambda r, v, lam: right(r, v, lam, mix=lambda guess, target, m: m * target),
+            "the next value has the weight 1; with the next target beside it, it is 1 − λ.": (
+                lambda r, v, lam: right(r, v, lam, mix=lambda guess, target, m: guess + m * target)
             ),
         },
     )
@@ -72,138 +75,188 @@ def check_first_credit(answer: float | None) -> None:
     )
 
 
-def check_third_estimate(answer: Function) -> None:
-    """Exercise 3: answer(log_probs [N], ref_log_probs [N]) -> k3 [N], of samples of the
-    policy."""
-    judge(
+def check_new_habit(answer: float | None) -> None:
+    """Exercise 3: the advantage of the first a, if b follows it half of the time: V(a) = 2.5, and
+    0.4 · 2.5 + 0.4 · 0.5 = 1.2 at the start."""
+    judge_number(
         answer,
-        lambda new, ref: torch.expm1(ref - new) + new - ref,
-        [
-            (vector([-1.0, -0.3, -2.5]), vector([-1.5, -0.2, -2.0])),
-            (vector([-0.7, -4.0]), vector([-0.9, -1.0])),
-        ],
+        1.3,
         {
-            "only one of the two signs is turned; with −d in the exponent, the last term is + d.": (
-                lambda new, ref: (ref - new).exp() - 1 - (new - ref)
-            ),
-            "the exponent has still the wrong sign; the last term was right together with it.": (
-                lambda new, ref: (new - ref).exp() - 1 + (new - ref)
-            ),
-            "this is k1: right on average, but it can be negative.": lambda new, ref: new - ref,
-            "this is k2: never negative, but biased.": lambda new, ref: 0.5 * (new - ref) ** 2,
-            "the −1 is missing; at the reference the estimate must be 0.": lambda new, ref: (
-                (ref - new).exp() + new - ref
-            ),
-            "this has the opposite sign; a KL is never negative.": lambda new, ref: (
-                -(torch.expm1(ref - new) + new - ref)
-            ),
-        },
-        untouched=lambda new, ref: torch.expm1(new - ref) - (new - ref),
-    )
-
-
-def check_mean_entropy(answer: Function) -> None:
-    """Exercise 4: answer(logits [N, T, V], mask [N, T]) -> mean entropy of the tokens that
-    count."""
-
-    def each(logits: Tensor) -> Tensor:
-        log_probs = logits.log_softmax(-1)
-        return -(log_probs.exp() * log_probs).sum(-1)
-
-    def mean(values: Tensor, mask: Tensor) -> Tensor:
-        return (values * mask).sum() / mask.sum()
-
-    logits = vector(
-        [
-            [[2.0, 0.0, -1.0, 0.5], [0.1, 0.2, 0.3, 0.4], [3.0, 3.0, -2.0, 0.0]],
-            [[1.0, -1.0, 0.0, 0.0], [5.0, 0.0, 0.0, 0.0], [0.0, 1.0, 2.0, 3.0]],
-        ]
-    )
-    judge(
-        answer,
-        lambda z, m: mean(each(z), m),
-        [
-            (logits, torch.tensor([[1, 1, 0], [1, 0, 0]])),
-            (logits.flip(0) * 0.7, torch.tensor([[1, 0, 0], [1, 1, 1]])),
-        ],
-        {
-            "this is Σ π log π; the entropy is minus that, and never negative.": lambda z, m: (
-                -mean(each(z), m)
-            ),
-            "tokens that do not count are in the mean; use the mask.": lambda z, m: each(z).mean(),
-            "the masked sum is divided by all entries; divide by the number of those that count.": (
-                lambda z, m: (each(z) * m).mean()
-            ),
-            "this is the mean over the vocabulary as well; the entropy is the sum over it.": (
-                lambda z, m: mean(each(z), m) / z.shape[-1]
-            ),
-            "this is −Σ log π, with every token weighed alike; weigh by π.": lambda z, m: mean(
-                -z.log_softmax(-1).sum(-1), m
-            ),
-            "each text counts the same here; a token should: one mean over all that count.": (
-                lambda z, m: ((each(z) * m).sum(1) / m.sum(1)).mean()
-            ),
-            "this is the sum; divide by the number of tokens that count.": lambda z, m: (
-                each(z) * m
-            ).sum(),
-            "the entropy is in nats here, not in bits.": lambda z, m: (
-                mean(each(z), m) / torch.tensor(2.0).log()
-            ),
+            "that compares with the old 0.9; the value at the start has changed, too.": 1.6,
+            "that is the new value after a; subtract the new value at the start.": 2.5,
+            "that is the new value at the start; what is the value after a?": 1.2,
+            "that was the advantage before; the value after a has changed.": 0.85,
+            "that uses the old value after a.": 0.55,
         },
     )
 
 
-def check_two_losses(answer: Function) -> None:
-    """Exercise 5: answer(values [N], log_probs [N], returns [N]) -> policy loss plus value loss,
-    a scalar.
+def check_lambda_bias(answer: object) -> None:
+    """Exercise 4: three numbers, the bias of the first credit at λ = 0, ½ and 1, if the critic is
+    too high by 1 after a: 1 − λ."""
+    if answer is None or (isinstance(answer, (list, tuple)) and None in answer):
+        print("Not attempted: replace None with your prediction, then run this cell again.")
+        return
+    try:
+        given = torch.as_tensor(answer, dtype=torch.float64).detach().reshape(-1)
+    except (TypeError, ValueError, RuntimeError):
+        given = torch.zeros(0)
+    if len(given) != 3:
+        print(f"Not yet: {answer!r} is not three numbers; write them such as (0.2, 0.1, 0.0).")
+        return
+    said = {
+        (1.0, 0.5, 0.0): "Right.",
+        (1.0, 1.0, 1.0): "Not yet: the value after a is in two TD errors, once with + and once "
+        "with −; the second has the weight λ.",
+        (0.0, 0.5, 1.0): "Not yet: that is the wrong way round; λ = 0 trusts the critic most.",
+        (-1.0, -0.5, 0.0): "Not yet: the sign is turned round; the a seems to lead to more than "
+        "it does.",
+        (1.0, 1.5, 2.0): "Not yet: the second TD error holds the wrong value with a minus.",
+        (0.0, 0.0, 0.0): "Not yet: only at λ = 1 the critic's error cancels.",
+        (1.85, 1.35, 0.85): "Not yet: these are the mean credits; the bias is how far they are "
+        "from the advantage, 0.85.",
+    }
+    for numbers, verdict in said.items():
+        if torch.allclose(given, vector(list(numbers)), atol=0.015):
+            print(verdict)
+            return
+    print("Not yet: write down both TD errors of a text that goes on from a, then add them up.")
 
-    Judged by its gradients in the values and in the log-probabilities.
+
+def check_whitened_targets(answer: Function) -> None:
+    """Exercise 5: answer(advantages [N], values [N]) -> (whitened advantages, value targets)."""
+
+    def white(x: Tensor) -> Tensor:
+        return (x - x.mean()) / x.std()
+
+    judge(
+        answer,
+        lambda a, v: (white(a), a + v),
+        [
+            (vector([1.0, 2.0, 6.0]), vector([0.5, -1.0, 2.0])),
+            (vector([-0.3, 0.1, 0.0, 0.9]), vector([0.4, 0.4, -0.2, 0.1])),
+        ],
+        {
+            "now nothing is whitened; the policy's advantages should be.": (
+                lambda a, v: (a, a + v)
+            ),
+            "the targets are whitened as well; a critic has to learn rewards as they are.": (
+                lambda a, v: (white(a), white(a + v))
+            ),
+            "the values are missing from the targets.": lambda a, v: (white(a), a),
+            "the two have changed places; return the advantages first.": (
+                lambda a, v: (a + v, white(a))
+            ),
+        },
+        untouched=lambda a, v: (white(a), white(a) + v),
+    )
+
+
+def check_half_way(answer: float | None) -> None:
+    """Exercise 6: the smallest distance from the end at which 0.95^d is below one half: 14."""
+    judge_number(
+        answer,
+        14,
+        {
+            "0.95^13 is still a little above one half.": 13,
+            "that is where 0.99 falls below one half.": 69,
+            "that is how far 1/(1 − λ) reaches, where about a third is left.": 20,
+            "count the steps between the token and the last one: λ^d with d = T − t.": 15,
+        },
+        tolerance=1e-6,
+    )
+
+
+# --- exercise 7 ----------------------------------------------------------------------------------
+
+_CALLS, _TEXTS, _ENOUGH = 100, 16, 0.75
+_LANGUAGE = enumerable.language(vocabulary=5, length=4)
+
+
+def training_task() -> tuple[Tensor, Tensor]:
+    """What exercise 7 is about: log π_ref [85, 5] of a policy, and the rewards [341] that `collect`
+    pays."""
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(_LANGUAGE.num_states, 5, generator=generator, dtype=torch.float64)
+    rewards = enumerable.utilities(_LANGUAGE, seed=5, structure=0.5)
+    return logits.log_softmax(-1), rewards.double()
+
+
+def check_training(answer: Function) -> None:
+    """Exercise 7: answer(collect, reference [85, 5]) -> logits [85, 5] of a policy trained for
+    reward minus KL to the reference; collect(logits) -> states, tokens, mask [16, 4], rewards [16].
     """
+    try:
+        gains = [_gain(answer, seed) for seed in range(3)]
+    except Exception as error:
+        print(f"Not yet: your function raised {type(error).__name__}: {error}")
+        return
+    if any(one is None for one in gains):
+        print(
+            "Not attempted: your function returns nothing yet. Write it, then run this cell again."
+        )
+        return
+    share, nats, earned = (sum(each) / 3 for each in zip(*gains, strict=True))
+    if share >= _ENOUGH:
+        print(f"Right. You gained {share:.0%} of what can be gained.")
+    elif abs(share) < 1e-6:
+        print("Not yet: this is the reference; train on what collect returns.")
+    elif earned < 0:
+        print("Not yet: the texts earn less than before. Is the sign of the loss the right one?")
+    elif nats > 2 * _best_nats():
+        print(
+            f"Not yet: the policy went {nats:.1f} nats from the reference, and the best one only"
+            f" {_best_nats():.1f}. Does each token pay its log-ratio? Or is a step too long?"
+        )
+    else:
+        print(
+            f"Not yet: you gained {share:.0%} of what can be gained; {_ENOUGH:.0%} is asked for."
+            " Is there a baseline, do you use all calls, and is the rate well chosen (1 to 4"
+            " for plain gradient steps)?"
+        )
 
-    def gradients(loss: Function) -> Function:
-        def both(values: Tensor, log_probs: Tensor, returns: Tensor) -> tuple[Tensor, ...] | None:
-            inputs = (values.requires_grad_(), log_probs.requires_grad_())
-            total = loss(*inputs, returns)
-            if total is None:
-                return None
-            if total.numel() != 1:
-                raise ValueError("return one number: take the mean")
-            if not total.requires_grad:
-                raise ValueError("nothing in this loss depends on values or log_probs any more")
-            found = torch.autograd.grad(total, inputs, allow_unused=True)
-            pairs = zip(found, inputs, strict=True)
-            return tuple(torch.zeros_like(x) if g is None else g for g, x in pairs)
 
-        return both
+def _best_nats() -> float:
+    reference, rewards = training_task()
+    log_ref = enumerable.sequence_log_probs(reference, _LANGUAGE)
+    return enumerable.kl(enumerable.optimal_policy(log_ref, rewards, 1.0), log_ref).item()
 
-    def losses(inside: Function, error: Function) -> Function:
-        def total(values: Tensor, log_probs: Tensor, returns: Tensor) -> Tensor:
-            advantages = inside(returns, values)
-            return -(advantages * log_probs).mean() + 0.5 * error(values, returns).square().mean()
 
-        return gradients(total)
+def _gain(answer: Function, seed: int) -> tuple[float, float, float] | None:
+    """(share of the possible gain, KL to the reference, gain of the reward without its price); the
+    random numbers of the notebook stay as they are."""
+    reference, rewards = training_task()
+    generator, calls = torch.Generator().manual_seed(seed), []
 
-    def plain(values: Tensor, returns: Tensor) -> Tensor:
-        return values - returns
+    def collect(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if len(calls) == _CALLS:
+            raise RuntimeError(f"collect was called more than {_CALLS} times")
+        calls.append(1)
+        chance = enumerable.sequence_log_probs(_logits(logits), _LANGUAGE).exp()
+        texts = torch.multinomial(chance, _TEXTS, replacement=True, generator=generator)
+        rows = (_LANGUAGE.states, _LANGUAGE.tokens, _LANGUAGE.mask, rewards)
+        return tuple(each[texts] for each in rows)
 
-    judge(
-        gradients(answer),
-        losses(lambda g, v: g - v.detach(), plain),
-        [
-            (vector([0.5, -1.0, 2.0]), vector([-0.3, -1.2, -2.0]), vector([1.0, 0.0, 1.5])),
-            (vector([0.0, 0.3]), vector([-0.7, -0.1]), vector([2.0, -1.0])),
-        ],
-        {
-            "the value loss is detached, too; now nothing trains the critic.": losses(
-                lambda g, v: g - v.detach(), lambda v, g: v.detach() - g
-            ),
-            "the value loss is the detached one; it is the advantages that must not carry a "
-            "gradient.": losses(lambda g, v: g - v, lambda v, g: v.detach() - g),
-            "the values are gone from the advantages; they were a baseline, and only their "
-            "gradient is wrong.": losses(lambda g, v: g, plain),
-            "the sign of the advantages is turned round: returns minus values.": losses(
-                lambda g, v: v.detach() - g, plain
-            ),
-        },
-        untouched=losses(lambda g, v: g - v, plain),
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        found = answer(collect, reference.clone())
+    if found is None:
+        return None
+    log_ref = enumerable.sequence_log_probs(reference, _LANGUAGE)
+    log_p = enumerable.sequence_log_probs(_logits(found), _LANGUAGE)
+    start, reached = (
+        enumerable.regularised_objective(x, log_ref, rewards, 1.0) for x in (log_ref, log_p)
     )
+    best = enumerable.log_partition(log_ref, rewards, 1.0)
+    nats = enumerable.kl(log_p, log_ref)
+    share = (reached - start) / (best - start)
+    return share.item(), nats.item(), (reached + nats - start).item()
+
+
+def _logits(value: object) -> Tensor:
+    logits = torch.as_tensor(value, dtype=torch.float64).detach()
+    if logits.shape != (_LANGUAGE.num_states, 5):
+        raise ValueError(f"the logits have the shape {tuple(logits.shape)}; make them [85, 5]")
+    if not logits.isfinite().all():
+        raise ValueError("the logits hold a NaN or an infinity; take smaller steps")
+    return logits

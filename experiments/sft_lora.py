@@ -17,7 +17,7 @@ from rlhf_helpers.rollout import write
 from rlhf_helpers.worlds.reviews import kept_back
 
 SEEDS = [0, 1, 2, 3, 4]
-TUNING_SEEDS = SEEDS[:2]
+TUNING_SEEDS = SEEDS[:3]
 # a rate that is often copied, and four to choose from, a factor of two apart
 COPIED_RATE = 1e-5
 FULL_RATES = [5e-4, 1e-3, 2e-3, 4e-3]

@@ -141,3 +141,5 @@ def test_a_table_that_does_not_fit_is_named():
         train(reference=REFERENCE[:3])
     with pytest.raises(ValueError, match="runs"):
         train(runs=0)
+    with pytest.raises(TypeError, match="config"):
+        ac.train(REFERENCE, REWARDS, LANGUAGE, {"lam": 1.0})

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf_helpers._validate import check_seed, in_range, one_of
+from rlhf_helpers._validate import check_seed, has, in_range, one_of
 from rlhf_helpers.advantages import gae, leave_one_out_advantages
 from rlhf_helpers.worlds import enumerable
 from rlhf_helpers.worlds.enumerable import Language
@@ -48,41 +48,8 @@ class Config:
     seed: int = 0
 
 
-def train(
-    reference: Tensor, rewards: Tensor, language: Language, config: Config, runs: int = 1
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Train `runs` policies, all from the reference, with critics from 0.
-
-    Args:
-        reference: [S, V], log-probabilities of the frozen reference.
-        rewards: [Y], what each text earns.
-        language: as `enumerable.language` returns it.
-        config: settings.
-        runs: R; with R = 1 the texts are those that one run of the same seed draws.
-    Returns: (objective [R, iterations + 1], exact, before the first step and after each; logits
-        [R, S, V] of the policies; values [R, S] of the critics).
-    Raises: ValueError on a setting out of range, or what `enumerable.values` refuses.
-    """
-    _check(config, runs)
-    enumerable.values(reference, rewards, language)
-    generator = torch.Generator().manual_seed(config.seed)
-    logits = reference.detach().repeat(runs, 1, 1)
-    critic = reference.new_zeros(runs, language.num_states)
-    curve = []
-    for _ in range(config.iterations):
-        log_probs = logits.log_softmax(-1)
-        of_texts = _text_log_probs(log_probs, language)
-        curve.append(_objective(of_texts, reference, rewards, language, config.beta))
-        texts = torch.multinomial(of_texts.exp(), config.batch_size, True, generator=generator)
-        credit, targets = _credit(log_probs, critic, texts, reference, rewards, language, config)
-        logits = logits + config.learning_rate * _policy_step(log_probs, credit, texts, language)
-        critic = critic + config.critic_rate * _critic_step(critic, targets, texts, language)
-    of_texts = _text_log_probs(logits.log_softmax(-1), language)
-    curve.append(_objective(of_texts, reference, rewards, language, config.beta))
-    return torch.stack(curve, dim=1), logits, critic
-
-
 def _check(config: Config, runs: int) -> None:
+    has(config, "config", "a Config", "credit", "critic_rate")
     one_of(config.credit, CREDITS, "credit")
     in_range(config.lam, "lam", 0.0, 1.0)
     in_range(config.beta, "beta", 0.0)
@@ -173,3 +140,37 @@ def _critic_step(critic: Tensor, targets: Tensor, texts: Tensor, language: Langu
     sums = torch.zeros_like(critic).scatter_add_(1, states, errors)
     visits = torch.zeros_like(critic).scatter_add_(1, states, mask.to(critic))
     return sums / visits.clamp(min=1)
+
+
+def train(
+    reference: Tensor, rewards: Tensor, language: Language, config: Config, runs: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Train `runs` policies, all from the reference, with critics from 0.
+
+    Args:
+        reference: [S, V], log-probabilities of the frozen reference.
+        rewards: [Y], what each text earns.
+        language: as `enumerable.language` returns it.
+        config: settings.
+        runs: R; with R = 1 the texts are those that one run of the same seed draws.
+    Returns: (objective [R, iterations + 1], exact, before the first step and after each; logits
+        [R, S, V] of the policies; values [R, S] of the critics).
+    Raises: ValueError on a setting out of range, or what `enumerable.values` refuses.
+    """
+    _check(config, runs)
+    enumerable.values(reference, rewards, language)
+    generator = torch.Generator().manual_seed(config.seed)
+    logits = reference.detach().repeat(runs, 1, 1)
+    critic = reference.new_zeros(runs, language.num_states)
+    curve = []
+    for _ in range(config.iterations):
+        log_probs = logits.log_softmax(-1)
+        of_texts = _text_log_probs(log_probs, language)
+        curve.append(_objective(of_texts, reference, rewards, language, config.beta))
+        texts = torch.multinomial(of_texts.exp(), config.batch_size, True, generator=generator)
+        credit, targets = _credit(log_probs, critic, texts, reference, rewards, language, config)
+        logits = logits + config.learning_rate * _policy_step(log_probs, credit, texts, language)
+        critic = critic + config.critic_rate * _critic_step(critic, targets, texts, language)
+    of_texts = _text_log_probs(logits.log_softmax(-1), language)
+    curve.append(_objective(of_texts, reference, rewards, language, config.beta))
+    return torch.stack(curve, dim=1), logits, critic

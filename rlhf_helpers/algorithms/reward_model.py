@@ -590,9 +590,7 @@ def train(
 def _optimizer(model: nn.Module, log_threshold: Tensor | None, config: Config) -> torch.optim.AdamW:
     groups = [{"params": trained(model), "weight_decay": config.weight_decay}]
     if log_threshold is not None:
-        groups.append(
-            {"params": [log_threshold], "lr": config.threshold_rate, "weight_decay": 0.0}
-        )
+        groups.append({"params": [log_threshold], "lr": config.threshold_rate, "weight_decay": 0.0})
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=BETAS)
 
 

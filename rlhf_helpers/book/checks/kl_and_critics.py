@@ -162,7 +162,7 @@ def _verdict(found: Tensor, right: Tensor) -> str:
     explained = (1 - (right - found).var() / right.var()).item()
     shift = (found.mean() - right.mean()).item()
     said = f"explained variance {explained:.2f}, mean off by {shift:+.2f}"
-    if explained > 0.85 and abs(shift) < 0.3:
+    if explained > 0.9 and abs(shift) < 0.3:
         return f"Right: {said}."
     if abs(shift) > 5:
         return f"Not yet: {said}. The mean is far away: train longer, or in units of the targets."
@@ -171,6 +171,6 @@ def _verdict(found: Tensor, right: Tensor) -> str:
             f"Not yet: {said}. It says the same everywhere. Did you compare [512, 1] with [512]?"
             " Their difference is [512, 512]."
         )
-    if explained < 0.85:
+    if explained <= 0.9:
         return f"Not yet: {said}. Too few steps, too small a network, or noise learned by heart."
     return f"Not yet: {said}. A constant shift does not show in the explained variance."

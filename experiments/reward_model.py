@@ -14,7 +14,7 @@ from rlhf_helpers.logprobs import completion_log_probs
 from rlhf_helpers.losses import bradley_terry_loss
 from rlhf_helpers.rollout import write
 
-SEEDS = [0, 1, 2, 3]
+SEEDS = [0, 1, 2, 3, 4]
 ANNOTATORS = 5
 SIZES = [250, 500, 1000, 2000]
 HELD_OUT = 600

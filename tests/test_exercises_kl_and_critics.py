@@ -1,6 +1,8 @@
 """The checks of kl_and_critics: stub, right answer, and each typical mistake."""
 
 import math
+import random
+import statistics
 
 import pytest
 import torch
@@ -108,6 +110,33 @@ def test_the_rare_success_is_what_huber_learns(capsys):
     assert said(capsys, checks.check_rare_success, round(best, 2)) == "Right."
 
 
+def logged(kind):
+    """Batch means of an estimate near the reference and far away, from 64 draws of three tokens, in
+    plain Python."""
+    rng, ref, found = random.Random(0), [0.2, 0.4, 0.4], []
+    for new in ([0.21, 0.4, 0.39], [0.0105, 0.9845, 0.005]):
+        d = [math.log(p / q) for p, q in zip(new, ref, strict=True)]
+        each = {
+            "k1": d,
+            "k2": [x * x / 2 for x in d],
+            "k3": [math.exp(-x) - 1 + x for x in d],
+        }[kind]
+        draws = [rng.choices(each, new, k=64) for _ in range(200)]
+        found.append([sum(draw) / 64 for draw in draws])
+    return found
+
+
+def test_the_curves_are_told_apart_by_what_the_hints_name(capsys):
+    """Oracle: batches of plain Python draws. One kind goes below zero, of the others one has
+    spikes far away."""
+    by_kind = {kind: logged(kind) for kind in ("k1", "k2", "k3")}
+    (below,) = [kind for kind, (near, _) in by_kind.items() if min(near) < -1e-9]
+    peaks = {kind: max(far) / statistics.median(far) for kind, (_, far) in by_kind.items()}
+    spiky = max((kind for kind in peaks if kind != below), key=peaks.get)
+    (quiet,) = set(by_kind) - {below, spiky}
+    assert said(capsys, checks.check_curves, (spiky, below, quiet)) == "Right."
+
+
 def fitted(steps=100, size=None, column=True):
     """A critic's fit; `size` is the unit of its targets, None for their own deviation; without
     `column`, values [512, 1] are compared with targets [512]."""
@@ -148,6 +177,7 @@ def the_nearest(features, targets):
         (checks.check_drift, None),
         (checks.check_rare_success, None),
         (checks.check_critic, lambda features, targets: None),
+        (checks.check_curves, None),
     ],
 )
 def test_stub_is_not_attempted(capsys, check, stub):
@@ -161,6 +191,7 @@ def test_stub_is_not_attempted(capsys, check, stub):
         (checks.check_mean_entropy, mean_entropy),
         (checks.check_drift, [1.0, -1.0]),
         (checks.check_rare_success, 1 / 9),
+        (checks.check_curves, [" K3", "k1", "k2"]),
     ],
 )
 def test_right_answer(capsys, check, answer):
@@ -218,6 +249,10 @@ def test_a_network_in_the_unit_of_its_targets_fits(capsys):
         (checks.check_critic, lambda x, y: lambda s: s, "return [M]"),
         (checks.check_critic, lambda x, y: lambda s: fitted()(x, y)(s) + 1, "does not show"),
         (checks.check_critic, lambda x, y: 1 / 0, "ZeroDivisionError"),
+        (checks.check_curves, "k1", "three names"),
+        (checks.check_curves, ("k1", "k1", "k2"), "behind one curve"),
+        (checks.check_curves, ("k1", "k2", "k3"), "below zero"),
+        (checks.check_curves, ("k2", "k1", "k3"), "has spikes"),
     ],
 )
 def test_typical_mistake_is_named(capsys, check, answer, message):

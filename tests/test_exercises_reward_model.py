@@ -128,7 +128,7 @@ def test_right_answer(capsys, check, answer):
             "these are the losses",
         ),
         (checks.check_fit, lambda c, r: -newton(c, r), "the rejected responses score higher"),
-        (checks.check_fit, lambda c, r: c.mean(0) * 0 + 1, "of the way from a coin toss"),
+        (checks.check_fit, lambda c, r: c.mean(0) * 0 + 1, "have a skill of"),
         (checks.check_fit, lambda c, r: (c - r).mean(0), "times the true log-odds"),
         (checks.check_fit, lambda c, r: 2 * newton(c, r), "times the true log-odds"),
         (checks.check_fit, lambda c, r: newton(c, r)[:2], "return 6 finite numbers"),

@@ -37,7 +37,7 @@ def krylov_minimiser(a, b, steps):
 
 @pytest.mark.parametrize("curvature", [0.0, -1.0, torch.nan, torch.inf])
 def test_a_direction_without_curvature_is_refused(curvature):
-    """Where v·Av is not a positive number there is no minimum to step to: 0 would divide by zero."""
+    """Where v·Av is no positive number there is no minimum to step to; 0 would divide by zero."""
     b = torch.tensor([1.0, 2.0], dtype=torch.float64)
     with pytest.raises(ValueError, match="not positive definite"):
         conjugate_gradient(lambda v: curvature * v, b)

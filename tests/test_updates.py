@@ -46,12 +46,15 @@ def two_passes(generator):
     return [part for _ in range(2) for part in torch.randperm(5, generator=generator)[:4].split(2)]
 
 
-def descend(model, losses, betas=(0.9, 0.999), decay=0.0, shares=SHARES, beside=()):
+def descend(
+    model, losses, betas=(0.9, 0.999), decay=0.0, shares=SHARES, beside=(), rate_beside=RATE
+):
     """The steps by hand.
 
     Args:
         losses: of each step, called when it is its turn.
         beside: what is trained beside the model: without decay, and not a part of the gradient.
+        rate_beside: its own highest rate.
     Returns: loss, norm of the gradient and learning rate of each step.
     """
     groups = [{"params": list(model.parameters()), "weight_decay": decay}]
@@ -59,8 +62,8 @@ def descend(model, losses, betas=(0.9, 0.999), decay=0.0, shares=SHARES, beside=
     optimizer = torch.optim.AdamW(groups, lr=RATE, betas=betas)
     told = []
     for share, loss in zip(shares, losses, strict=True):
-        for group in optimizer.param_groups:
-            group["lr"] = RATE * share
+        for group, highest in zip(optimizer.param_groups, (RATE, rate_beside), strict=False):
+            group["lr"] = highest * share
         optimizer.zero_grad()
         value = loss()
         value.backward()
@@ -193,7 +196,9 @@ def test_the_steps_of_the_reward_model(policy, loss):
     """Oracle: AdamW, its decay and its memory as the settings say, on the papers' losses of texts
     that stand alone. Comparisons of one length share a batch, and the batches come in random
     order."""
-    config = reward_model.Config(**TWICE, loss=loss, weight_decay=0.1, centring=0.25)
+    config = reward_model.Config(
+        **TWICE, loss=loss, weight_decay=0.1, centring=0.25, threshold_rate=3 * RATE
+    )
     labels = torch.tensor([[1.0, 0.0, 1.0]] * 5)
     if loss == "bradley-terry":
         labels[:, 0] = torch.tensor(UNSURE)
@@ -229,7 +234,7 @@ def test_the_steps_of_the_reward_model(policy, loss):
         order = sorted(torch.randperm(5, generator=luck)[:4].tolist(), key=long.__getitem__)
         rows += [[order[:2], order[2:]][k] for k in torch.randperm(2, generator=luck).tolist()]
     beside = [log_threshold] if loss == "rao-kupper" else []
-    how = {"betas": (0.9, 0.95), "decay": 0.1, "beside": beside}
+    how = {"betas": (0.9, 0.95), "decay": 0.1, "beside": beside, "rate_beside": 3 * RATE}
     told = descend(plain, [lambda r=r: value(r) for r in rows], **how)
     history = list(reward_model.train(model, tokenizer, data, config))
     same(model, plain, told, history, 1e-7 if beside else 1e-9)

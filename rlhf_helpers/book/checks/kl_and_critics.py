@@ -174,3 +174,22 @@ def _verdict(found: Tensor, right: Tensor) -> str:
     if explained <= 0.9:
         return f"Not yet: {said}. Too few steps, too small a network, or noise learned by heart."
     return f"Not yet: {said}. A constant shift does not show in the explained variance."
+
+
+def check_curves(answers: Sequence[str] | None) -> None:
+    """Exercise 6: which estimate is behind each of three logged curves."""
+    if answers is None:
+        print(_NO_ANSWER)
+        return
+    if isinstance(answers, str) or not isinstance(answers, Sequence) or len(answers) != 3:
+        print('Not yet: give three names, such as ("k1", "k2", "k3").')
+        return
+    given = [str(name).strip().lower() for name in answers]
+    if sorted(given) != ["k1", "k2", "k3"]:
+        print("Not yet: each of k1, k2 and k3 stands behind one curve.")
+    elif given == ["k3", "k1", "k2"]:
+        print("Right.")
+    elif given[1] != "k1":
+        print("Not yet: one curve goes below zero. Which of the three can be negative?")
+    else:
+        print("Not yet: far away one of them has spikes. Which one holds an e^(−d)?")

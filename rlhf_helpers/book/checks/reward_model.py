@@ -170,12 +170,12 @@ def check_fit(answer: Function) -> None:
         slopes.append(((weights @ true) / (true @ true)).item())
     way, slope = sum(ways) / len(ways), sum(slopes) / len(slopes)
     if way < -0.5:
-        print("Not yet: the sign is turned round; the rejected responses score higher.")
+        print("Not yet: the sign is wrong; the rejected responses score higher.")
     elif way < 0.9:
         print(
-            f"Not yet: on held-out pairs your weights go {way:.0%} of the way from a coin toss to"
-            " the ceiling; it should be more than 90%. Does the loss see the difference of the two"
-            " scores, and does each step take all pairs?"
+            f"Not yet: on held-out pairs your weights have a skill of {way:.0%}; it should be more"
+            " than 90%. Does the loss see the difference of the two scores, and does each step take"
+            " all pairs?"
         )
     elif not 0.8 < slope < 1.25:
         print(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from rlhf_helpers.book.checks.judge import Function, judge, judge_number, vector
+from rlhf_helpers.book.checks.judge import Function, attempt, judge, judge_number, vector
 from rlhf_helpers.worlds.bandits import GaussianBandit, ten_arms
 
 
@@ -94,9 +96,6 @@ def check_bad_start(answer: float | None) -> None:
 
 _ARMS = (10, 11, 12)  # seeds of the bandits that a loop is tried on
 _PULLS = 5_000
-_NOT_ATTEMPTED = (
-    "Not attempted: your function returns nothing yet. Write it, then run this cell again."
-)
 
 
 def check_reinforce(answer: Function) -> None:
@@ -123,13 +122,8 @@ def _judge_loop(answer: Function, nothing: str) -> None:
     ways = []
     for seed in _ARMS:
         bandit = GaussianBandit(ten_arms(offset=4.0, seed=seed).means[0])
-        try:
-            logits = _logits_of(answer, bandit, seed)
-        except Exception as error:
-            print(f"Not yet: your function raised {type(error).__name__}: {error}")
-            return
+        logits = attempt(partial(_logits_of, answer, bandit, seed))
         if logits is None:
-            print(_NOT_ATTEMPTED)
             return
         average = bandit.means.mean()
         way = (bandit.expected_reward(logits) - average) / (bandit.optimal_value() - average)

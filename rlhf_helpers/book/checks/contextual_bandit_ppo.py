@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from rlhf_helpers.book.checks.judge import Function, judge, judge_number, numbers, vector
+from rlhf_helpers.book.checks.judge import Function, attempt, judge, judge_number, numbers, vector
 from rlhf_helpers.worlds.bandits import LinearBandit, stretched
 
 ROLLOUTS = 30
@@ -157,17 +159,8 @@ def check_ppo_loop(answer: Function) -> None:
     world = stretched()
     earned = []
     for seed in range(3):
-        rollouts = _Rollouts(world, seed)
-        try:
-            weights = answer(rollouts)
-        except Exception as error:
-            print(f"Not yet: your function raised {type(error).__name__}: {error}")
-            return
+        weights = attempt(partial(answer, _Rollouts(world, seed)))
         if weights is None:
-            print(
-                "Not attempted: your function returns nothing yet. Write it, then run this cell"
-                " again."
-            )
             return
         if not isinstance(weights, Tensor) or weights.shape != world.weights.shape:
             print("Not yet: return the weights, a tensor [8, 8]: one row per arm.")

@@ -14,6 +14,21 @@ from torch import Tensor
 Function = Callable[..., object]
 
 
+def attempt(run: Callable[[], object]) -> object | None:
+    """What the reader's code returns; None once it is printed that it raised or returned
+    nothing."""
+    try:
+        found = run()
+    except Exception as error:
+        print(f"Not yet: your function raised {type(error).__name__}: {error}")
+        return None
+    if found is None:
+        print(
+            "Not attempted: your function returns nothing yet. Write it, then run this cell again."
+        )
+    return found
+
+
 def judge(
     answer: Function,
     right: Function,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from rlhf_helpers.book.checks.judge import Function, judge, judge_number, vector
+from rlhf_helpers.book.checks.judge import Function, attempt, judge, judge_number, vector
 
 _NO_ANSWER = "Not attempted: replace None with your prediction, then run this cell again."
 _STATES = 512  # that a critic is fitted to
@@ -136,18 +136,15 @@ def check_critic(answer: Callable[[Tensor, Tensor], Callable[[Tensor], Tensor] |
     features, exact = states(_STATES)
     targets = exact + 0.7 * torch.randn(_STATES, generator=generator, dtype=torch.float64)
     fresh, right = states(2000)
-    try:
+
+    def values() -> Tensor | None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             values_of = answer(features.clone(), targets.clone())
-            found = None if values_of is None else torch.as_tensor(values_of(fresh.clone()))
-    except Exception as error:
-        print(f"Not yet: your function raised {type(error).__name__}: {error}")
-        return
+            return None if values_of is None else torch.as_tensor(values_of(fresh.clone()))
+
+    found = attempt(values)
     if found is None:
-        print(
-            "Not attempted: your function returns nothing yet. Write it, then run this cell again."
-        )
         return
     found = found.detach().double()
     if found.shape == (2000, 1):

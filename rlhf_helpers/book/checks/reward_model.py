@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rlhf_helpers.book.checks.judge import Function, judge, judge_number, numbers, vector
+from rlhf_helpers.book.checks.judge import Function, attempt, judge, judge_number, numbers, vector
 
 
 def check_pair_gradient(answer: Function) -> None:
@@ -144,22 +146,18 @@ def check_careless_scores(answer: float | None) -> None:
 _SEEDS = (20, 21, 22)  # of the data that a fit is tried on
 
 
+def _weights(answer: Function, chosen: Tensor, rejected: Tensor) -> Tensor | None:
+    given = answer(chosen.clone(), rejected.clone())
+    return None if given is None else numbers(given)
+
+
 def check_fit(answer: Function) -> None:
     """Exercise 6: answer(chosen [N, D], rejected [N, D]) -> weights [D] of a linear reward."""
     ways, slopes = [], []
     for seed in _SEEDS:
         true, chosen, rejected, gaps = _choices(seed)
-        try:
-            given = answer(chosen.clone(), rejected.clone())
-            weights = None if given is None else numbers(given)
-        except Exception as error:
-            print(f"Not yet: your function raised {type(error).__name__}: {error}")
-            return
+        weights = attempt(partial(_weights, answer, chosen, rejected))
         if weights is None:
-            print(
-                "Not attempted: your function returns nothing yet. Write it, then run this cell"
-                " again."
-            )
             return
         if weights.shape != true.shape or not weights.isfinite().all():
             print(f"Not yet: return {len(true)} finite numbers, one weight for each feature.")

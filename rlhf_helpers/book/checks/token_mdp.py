@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from rlhf_helpers.book.checks.judge import Function, judge, judge_number, vector
+from rlhf_helpers.book.checks.judge import Function, attempt, judge, judge_number, vector
 from rlhf_helpers.worlds import enumerable
 
 
@@ -186,16 +188,11 @@ def check_training(answer: Function) -> None:
     """Exercise 7: answer(collect, reference [85, 5]) -> logits [85, 5] of a policy trained for
     reward minus KL to the reference; collect(logits) -> states, tokens, mask [16, 4], rewards [16].
     """
-    try:
-        gains = [_gain(answer, seed) for seed in range(3)]
-    except Exception as error:
-        print(f"Not yet: your function raised {type(error).__name__}: {error}")
-        return
-    if any(one is None for one in gains):
-        print(
-            "Not attempted: your function returns nothing yet. Write it, then run this cell again."
-        )
-        return
+    gains = []
+    for seed in range(3):
+        gains.append(attempt(partial(_gain, answer, seed)))
+        if gains[-1] is None:
+            return
     share, nats, earned = (sum(each) / 3 for each in zip(*gains, strict=True))
     if share >= _ENOUGH:
         print(f"Right. You gained {share:.0%} of what can be gained.")

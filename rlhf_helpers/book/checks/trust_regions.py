@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from rlhf_helpers.book.checks.judge import Function, judge, judge_number, vector
+from rlhf_helpers.book.checks.judge import Function, attempt, judge, judge_number, vector
 from rlhf_helpers.kl import exact_kl
 from rlhf_helpers.worlds.bandits import fan
 
@@ -234,16 +235,10 @@ _CALLS = 30
 def check_careful_training(answer: Function) -> None:
     """Exercise 7: answer(collect) -> weights [8, 2] of a policy that was trained without moving
     far; collect(weights) -> contexts [64, 2], actions [64], rewards [64]."""
-    try:
-        found, steps = _trained(answer)
-    except Exception as error:
-        print(f"Not yet: your function raised {type(error).__name__}: {error}")
+    trained = attempt(partial(_trained, answer))
+    if trained is None:
         return
-    if found is None:
-        print(
-            "Not attempted: your function returns nothing yet. Write it, then run this cell again."
-        )
-        return
+    found, steps = trained
     contexts = _WORLD.contexts(1000, generator=torch.Generator().manual_seed(1))
     reward = _WORLD.expected_reward(contexts @ found.T, contexts).mean().item()
     if max(steps, default=0.0) > _FAR:
@@ -268,7 +263,7 @@ def check_careful_training(answer: Function) -> None:
 _WORLD = fan(8)
 
 
-def _trained(answer: Function) -> tuple[Tensor | None, list[float]]:
+def _trained(answer: Function) -> tuple[Tensor, list[float]] | None:
     """What a loop returns, and the KL between the policies of one call and the next, on the
     contexts of the first; with random numbers that the notebook does not notice."""
     generator = torch.Generator().manual_seed(0)
@@ -288,7 +283,7 @@ def _trained(answer: Function) -> tuple[Tensor | None, list[float]]:
         torch.manual_seed(0)
         found = answer(collect)
     if found is None:
-        return None, []
+        return None
     weights = [*(one for one, _ in visited), _weights(found)]
     steps = [
         exact_kl(contexts @ old.T, contexts @ new.T).mean().item()

@@ -49,7 +49,7 @@ class Config:
 
 
 def _check(config: Config, runs: int) -> None:
-    has(config, "config", "a Config", "credit", "critic_rate")
+    has(config, "config", "an actor_critic.Config", *Config.__dataclass_fields__)
     one_of(config.credit, CREDITS, "credit")
     in_range(config.lam, "lam", 0.0, 1.0)
     in_range(config.beta, "beta", 0.0)

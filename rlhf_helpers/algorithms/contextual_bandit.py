@@ -321,8 +321,10 @@ def _left_out(
                 part.grad = None
 
     hook = optimizer.register_step_pre_hook(drop)
-    yield
-    hook.remove()
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def gradient_norms(policy: Tensor, batch: Batch) -> Tensor:

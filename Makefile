@@ -8,7 +8,7 @@ UI_INSTALLED := $(UI)/.installed
 CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
 # What was recorded; the other experiments train the models that ship with the package.
-RECORDED := $(filter-out train_%,$(basename $(notdir $(sort $(wildcard experiments/*.py)))))
+RECORDED := $(filter-out train_% bugs,$(basename $(notdir $(sort $(wildcard experiments/*.py)))))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup book html test test-fast test-ui check lab refresh fold tables tiny reward arithmetic results bench repo clean
@@ -70,11 +70,12 @@ refresh: setup ## run NOTEBOOK=bandit (or all) and store its outputs; RECORD=1 r
 fold: setup ## close report cells in Jupyter and Colab as on the pages: NOTEBOOK=bandit (or all)
 	$(BIN)/python tools/fold.py $(NOTEBOOK)
 
-tables: setup ## write what is built from the sources: tables of chapters, equations, functions, status
+tables: setup ## write what is built from the sources: tables of chapters, equations, functions, status, bugs
 	$(BIN)/python tools/build_chapters.py
 	$(BIN)/python tools/build_api.py
 	$(BIN)/python tools/build_status.py
 	$(BIN)/python tools/build_equations.py
+	$(BIN)/python tools/build_errors.py
 
 tiny: setup ## train the tiny GPT-2 again (about ten minutes)
 	@# idle threads sleep: on a machine that is busy otherwise, spinning ones cost more than they bring

@@ -5,6 +5,7 @@ import subprocess
 
 import build_api
 import build_equations
+import build_errors
 import build_status
 import check_pages
 import nbrun
@@ -33,7 +34,9 @@ def test_the_footer_names_version_and_day(html):
 
 
 @pytest.mark.parametrize(
-    "builder", [build_api, build_equations, build_status], ids=["api", "equations", "status"]
+    "builder",
+    [build_api, build_equations, build_errors, build_status],
+    ids=["api", "equations", "errors", "status"],
 )
 def test_the_built_sources_are_current(builder):
     name = builder.__name__.removeprefix("build_")

@@ -266,9 +266,9 @@ def right_judged(reward: Callable, prompts: list[str], responses: list[str]) -> 
 
 def check_judged(judged: Callable) -> None:
     """An empty response earns nothing, whatever the prompt says."""
-    from rlhf_helpers import rewards
+    from rlhf_helpers.rewards import sentiment_words
 
-    assert judged(rewards.sentiment_words, ["I love this great film"], [""]) == [0.0]
+    assert judged(sentiment_words, ["I love this great film"], [""]) == [0.0]
 
 
 BUGS.append(

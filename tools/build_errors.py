@@ -121,7 +121,7 @@ def symptoms():
     found = {}
     for bug in BUGS:
         for symptom in bug.symptoms:
-            found.setdefault(symptom, []).append(f"[{bug.title}]({bug.name})")
+            found.setdefault(symptom, []).append(f"{{ref}}`{bug.name}`")
     return [f"| {symptom} | {'; '.join(links)} |" for symptom, links in sorted(found.items())]
 
 

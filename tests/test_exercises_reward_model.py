@@ -65,12 +65,31 @@ def majority_ceiling(p, best=lambda q: max(q, 1 - q), enough=(2, 3)):
     return sum(found) / len(found)
 
 
+def factor_of_gap(mix=lambda p: 0.9 * p + 0.05):
+    """Bradley-Terry by SciPy's minimiser on all fifteen pairs: last gap over the true 4.6."""
+    true = np.array([2.3, 1.0, 0.3, -0.3, -1.0, -2.3])
+    i, j = np.triu_indices(6, 1)
+    won, lost = (mix(1 / (1 + np.exp(-gap))) for gap in (true[i] - true[j], true[j] - true[i]))
+
+    def loss(r):
+        gap = r[i] - r[j]
+        return (won * np.logaddexp(0, -gap) + lost * np.logaddexp(0, gap)).sum() + r.sum() ** 2
+
+    found = minimize(loss, np.zeros(6)).x
+    return float(found[0] - found[-1]) / 4.6
+
+
+def factor_of_pair():
+    share = 0.9 / (1 + math.exp(-4.6)) + 0.05
+    return math.log(share / (1 - share)) / 4.6
+
+
 @pytest.mark.parametrize(
     ("check", "stub"),
     [
         (checks.check_pair_gradient, lambda a, b, p: None),
         (checks.check_fit, lambda c, r: None),
-        (checks.check_careless_scores, None),
+        (checks.check_blind_answers, None),
         (checks.check_last_score, lambda s, m: None),
         (checks.check_last_score, lambda s, m: s[..., s.shape[1] - 1]),
         (checks.check_noise_ceiling, lambda p: None),
@@ -91,7 +110,9 @@ def test_stub_is_not_attempted(capsys, check, stub):
         ),
         (checks.check_fit, newton),
         (checks.check_fit, by_scipy),
-        (checks.check_careless_scores, 0.5),
+        (checks.check_blind_answers, factor_of_gap()),
+        (checks.check_blind_answers, 0.78),
+        (checks.check_blind_answers, torch.tensor(0.783)),
         (checks.check_last_score, last_score),
         (checks.check_noise_ceiling, majority_ceiling),
         (checks.check_score_gap, math.log(4) + math.log(9)),
@@ -133,10 +154,12 @@ def test_right_answer(capsys, check, answer):
         (checks.check_fit, lambda c, r: 2 * newton(c, r), "times the true log-odds"),
         (checks.check_fit, lambda c, r: newton(c, r)[:2], "return 6 finite numbers"),
         (checks.check_fit, lambda c, r: c @ r, "your function raised RuntimeError"),
-        (checks.check_careless_scores, 2.0, "move together"),
-        (checks.check_careless_scores, 1, "how decided"),
-        (checks.check_careless_scores, 0.25, "not twice"),
-        (checks.check_careless_scores, 0.707, "no root"),
+        (checks.check_blind_answers, 1 / factor_of_gap(), "right way up"),
+        (checks.check_blind_answers, factor_of_gap(mix=lambda p: 0.9 * p), "how decided"),
+        (checks.check_blind_answers, 0.9, "in proportion"),
+        (checks.check_blind_answers, factor_of_gap(mix=lambda p: 0.8 * p + 0.1), "in twenty goes"),
+        (checks.check_blind_answers, factor_of_gap(mix=lambda p: 0.9 * p + 0.1), "add up to 1"),
+        (checks.check_blind_answers, factor_of_pair(), "the pair by itself"),
         (
             checks.check_last_score,
             lambda s, m: torch.stack([row[n - 1] for row, n in zip(s, m.sum(1), strict=True)]),

@@ -129,16 +129,22 @@ def check_score_gap(answer: float | None) -> None:
     )
 
 
-def check_careless_scores(answer: float | None) -> None:
-    """Exercise 5: by which factor fitted scores change if the annotators' noise is doubled."""
+def check_blind_answers(answer: float | None) -> None:
+    """Exercise 5: by which factor the fitted gap between the first and the last text changes if one
+    answer in ten is a coin toss."""
     judge_number(
         answer,
-        0.5,
+        0.78,
         {
-            "noisier answers are less decided, so scores move together, not apart.": 2.0,
-            "the order stays, but a score is a log-odds: it knows how decided people are.": 1.0,
-            "the noise divides the difference once, not twice.": 0.25,
-            "τ divides the difference of qualities as it is; no root is taken.": 0.71,
+            "the order stays, but a score is a log-odds: it knows how decided people are (and nine"
+            " tenths of all wins are no less decided: the coins' wins are missing).": 1.0,
+            "nine answers in ten look, but log-odds do not shrink in proportion to them.": 0.9,
+            "blind answers are less decided, so scores move together, not apart; is the ratio the"
+            " right way up?": 1.28,
+            "a blind answer is right half of the time: one answer in twenty goes the other way, not"
+            " one in ten.": 0.63,
+            "half of the coins fall for either side: the two shares of a pair add up to 1.": 0.65,
+            "that is the pair by itself; the fit has one score a text for all fifteen pairs.": 0.6,
         },
     )
 

@@ -23,11 +23,12 @@ from rlhf_helpers._validate import (
     same_shape,
     tensors,
     true_or_false,
+    zero_or_one,
 )
 from rlhf_helpers.kl import kl_estimate
 from rlhf_helpers.logprobs import masked_mean
 
-DPO_VARIANTS = ("sigmoid", "ipo", "hinge")
+DPO_VARIANTS = ("sigmoid", "robust", "ipo", "hinge")
 GRPO_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 IMPORTANCE = ("token", "sequence")
 
@@ -438,27 +439,32 @@ def dpo_loss(
 
     Equation: eq:dpo-loss, eq:ipo-loss
 
-    "sigmoid" is the Bradley-Terry loss of those implicit rewards. "ipo" is the squared distance of
-    the difference of log-ratios from 1/(2β), of whole sequences, as in the paper (TRL 1.16 divides
-    by the lengths first). "hinge" is max(0, 1 − the difference of the implicit rewards).
+    "sigmoid" is the Bradley-Terry loss of those implicit rewards. "robust" is the combination of
+    the loss of the label as it is and of the turned label whose mean over labels of which a share ε
+    is wrong is the "sigmoid" loss of the right ones: ((1 − ε)·ℓ(z) − ε·ℓ(−z))/(1 − 2ε). "ipo" is
+    the squared distance of the difference of log-ratios from 1/(2β), of whole sequences, as in the
+    paper (TRL 1.16 divides by the lengths first). "hinge" is max(0, 1 − the difference of the
+    implicit rewards).
 
     Args:
         chosen_log_probs, rejected_log_probs: log π(y|x), summed over the tokens of the response,
             [N], nats.
         ref_chosen_log_probs, ref_rejected_log_probs: the same under π_ref, [N]; constants.
-        beta: β > 0. In "sigmoid" and "hinge" the price of a nat; in "ipo" τ of the paper.
-        variant: "sigmoid", "ipo" or "hinge".
-        label_smoothing: share of the labels that are taken to be wrong, in [0, 1], one number or
-            one a pair, [N]; "sigmoid" only. Up to ½ it makes the loss conservative; one a pair, it
-            is 1 − P(chosen preferred), where several people were asked.
+        beta: β > 0. In "ipo" τ of the paper, in the others the price of a nat.
+        variant: "sigmoid", "robust", "ipo" or "hinge".
+        label_smoothing: share of the labels that are taken to be wrong, one number or one a pair,
+            [N]. "sigmoid": in [0, 1]; up to ½ it makes the loss conservative; one a pair, it is
+            1 − P(chosen preferred), where several people were asked. "robust": ε, in [0, ½).
     Returns: PreferenceLoss; the loss is a scalar, the mean over pairs.
     Raises: ValueError on other or unequal shapes (log-probabilities that are not summed, say), no
         pairs, a log-probability that is not finite, beta ≤ 0, an unknown variant, a label smoothing
-        outside [0, 1] or with another variant than "sigmoid".
+        out of range or with "ipo" or "hinge".
     Source: Rafailov et al. 2023, "Direct Preference Optimization", equation 7; "ipo": Azar et al.
         2023, "A General Theoretical Paradigm to Understand Learning from Human Preferences",
-        equation 17; "hinge": Zhao et al. 2023, "SLiC-HF"; label smoothing: Mitchell 2023, "A note
-        on DPO with noisy preferences".
+        equation 17; "hinge": Liu et al. 2024, "Statistical Rejection Sampling Improves Preference
+        Optimization" (RSO), section 3.3, after Zhao et al. 2023, "SLiC-HF", whose hinge is of
+        log-probabilities without a reference; "robust": Chowdhury et al. 2024, "Provably Robust
+        DPO"; label smoothing: Mitchell 2023, "A note on DPO with noisy preferences".
     """
     reference = {
         "ref_chosen_log_probs": ref_chosen_log_probs,
@@ -470,8 +476,10 @@ def dpo_loss(
     in_range(beta, "beta", 0.0, open_low=True)
     one_of(variant, DPO_VARIANTS, "variant")
     smoothing = _label(label_smoothing, "label_smoothing", chosen_log_probs)
-    if variant != "sigmoid" and smoothing.any():
-        raise ValueError(f'label_smoothing works with variant="sigmoid" only, not {variant!r}')
+    if variant in ("ipo", "hinge") and smoothing.any():
+        raise ValueError(
+            f'label_smoothing works with variant="sigmoid" and "robust", not {variant!r}'
+        )
     chosen = beta * (chosen_log_probs - ref_chosen)
     rejected = beta * (rejected_log_probs - ref_rejected)
     difference = chosen - rejected
@@ -479,6 +487,11 @@ def dpo_loss(
         in_range(smoothing.min().item(), "label_smoothing", 0.0, 1.0)
         in_range(smoothing.max().item(), "label_smoothing", 0.0, 1.0)
         loss = bradley_terry_loss(chosen, rejected, preference=1.0 - smoothing)
+    elif variant == "robust":
+        in_range(smoothing.min().item(), "label_smoothing", 0.0)
+        in_range(0.5 - smoothing.max().item(), "½ − label_smoothing", 0.0, open_low=True)
+        right, wrong = -logsigmoid(difference), -logsigmoid(-difference)
+        loss = (((1.0 - smoothing) * right - smoothing * wrong) / (1.0 - 2.0 * smoothing)).mean()
     elif variant == "ipo":
         loss = (difference / beta - 0.5 / beta).square().mean()
     else:
@@ -503,7 +516,8 @@ def simpo_loss(
         chosen_log_probs, rejected_log_probs: log π(y|x), summed over the tokens, [N], nats.
         chosen_lengths, rejected_lengths: how many tokens those are, [N], ≥ 1.
         beta: β > 0.
-        gamma: γ, the margin, in units of the score (not of β, as in some code).
+        gamma: γ, how far ahead the chosen one should be, in units of the score (not of β, as in
+            some code).
     Returns: a scalar, nats a pair.
     Raises: ValueError on other or unequal shapes, no pairs, a log-probability that is not finite, a
         length below 1, beta ≤ 0, a gamma that is not finite.
@@ -519,6 +533,42 @@ def simpo_loss(
     chosen = beta * as_float(chosen_log_probs) / chosen_lengths
     rejected = beta * as_float(rejected_log_probs) / rejected_lengths
     return bradley_terry_loss(chosen, rejected, margin=gamma)
+
+
+def kto_loss(
+    log_probs: Tensor, ref_log_probs: Tensor, desirable: Tensor, kl: Tensor | float, beta: float
+) -> Tensor:
+    """Loss for single responses that were called good or bad, without a partner: the implicit
+    reward of a good one should be above β·KL, that of a bad one below.
+
+    Equation: eq:kto-loss
+
+    Args:
+        log_probs: log π(y|x), summed over the tokens of the response, [N], nats.
+        ref_log_probs: the same under π_ref, [N]; constants.
+        desirable: [N], True (or 1) where the response was called good.
+        kl: z₀ ≥ 0, what a log-ratio is measured from, one number; a constant. In the paper an
+            estimate of KL(π‖π_ref): the mean log-ratio of responses to other prompts, 0 at least.
+        beta: β > 0.
+    Returns: a scalar, the mean of 1 − σ(±(β·log-ratio − β·kl)); between 0 and 1.
+    Raises: ValueError on other or unequal shapes, no responses, a log-probability that is not
+        finite, a desirable that is not 0 or 1, kl < 0, beta ≤ 0.
+    Source: Ethayarajh et al. 2024, "KTO: Model Alignment as Prospect Theoretic Optimization",
+        equation 8, with both weights 1.
+    """
+    same_shape(log_probs=log_probs, ref_log_probs=ref_log_probs, desirable=desirable)
+    if log_probs.dim() != 1:
+        raise ValueError(
+            f"log_probs has shape {tuple(log_probs.shape)}; pass [N], summed over the tokens of"
+            " each response"
+        )
+    _check_scores(log_probs=log_probs, ref_log_probs=ref_log_probs)
+    good = zero_or_one(desirable, "desirable")
+    in_range(beta, "beta", 0.0, open_low=True)
+    kl = _label(kl, "kl", as_float(log_probs))
+    in_range(kl.min().item(), "kl", 0.0)
+    above = beta * (as_float(log_probs) - as_float(ref_log_probs).detach() - kl)
+    return torch.where(good, torch.sigmoid(-above), torch.sigmoid(above)).mean()
 
 
 def _check_pairs(chosen_log_probs: Tensor, rejected_log_probs: Tensor, **others: Tensor) -> None:

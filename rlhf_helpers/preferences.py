@@ -786,24 +786,29 @@ def _bootstrap(
 # --- strengths -----------------------------------------------------------------------------------
 
 
-def fit_strengths(wins: np.ndarray | Tensor) -> Tensor:
-    """Strengths of a few items under which their wins are most likely, by the Bradley-Terry model.
+def fit_strengths(wins: np.ndarray | Tensor, spread: float | None = None) -> Tensor:
+    """Strengths of a few items under which their wins are most likely, by the Bradley-Terry model;
+    or the most probable ones, if how far apart strengths are is known beforehand.
 
     Args:
         wins: [K, K], wins[i, j] counts how often i was preferred to j; a tie is half a win for
             each; the diagonal is 0.
+        spread: standard deviation of a normal prior with mean 0 on each strength, > 0; None has no
+            prior.
     Returns: [K], float64, mean 0, in units of log-odds, to about six digits.
     Raises: ValueError on another shape, K < 2, a count below 0 or not finite, a diagonal that is
-        not 0, or items that fall into two groups of which one never won against the other: the
-        likelihood then has no maximum.
+        not 0, spread ≤ 0, or, without a prior, items that fall into two groups of which one never
+        won against the other: the likelihood then has no maximum.
     Source: Bradley and Terry 1952, "Rank Analysis of Incomplete Block Designs"; the condition: Ford
         1957, "Solution of a Ranking Problem from Binary Comparisons".
     """
     wins = as_numbers(wins, "wins")
-    _check_wins(wins)
+    _check_wins(wins, connected=spread is None)
+    if spread is not None:
+        in_range(spread, "spread", 0.0, open_low=True)
     strengths = torch.zeros(len(wins), dtype=torch.float64)
     for _ in range(_NEWTON_STEPS):
-        step = _newton_step(wins, strengths)
+        step = _newton_step(wins, strengths, spread)
         # within one unit the curvature is known well enough that each step is one down
         strengths = strengths + step / max(1.0, (step.max() - step.min()).item())
         if step.abs().max() < 1e-10:
@@ -811,25 +816,31 @@ def fit_strengths(wins: np.ndarray | Tensor) -> Tensor:
     return strengths - strengths.mean()
 
 
-def _newton_step(wins: Tensor, strengths: Tensor) -> Tensor:
-    """Newton's step of the negative log-likelihood, with the first item where it is. Its size is
-    what is still wrong with the strengths, however lopsided the counts."""
+def _newton_step(wins: Tensor, strengths: Tensor, spread: float | None) -> Tensor:
+    """Newton's step of the negative log-likelihood, with the first item where it is; with a prior,
+    of the negative log-posterior, and all items move. Its size is what is still wrong with the
+    strengths, however lopsided the counts."""
     loses = torch.sigmoid(strengths - strengths[:, None])  # P(i loses to j)
     surprise = wins * loses
     gradient = surprise.sum(0) - surprise.sum(1)
     curvature = (wins + wins.T) * loses * loses.T
     hessian = torch.diag(curvature.sum(1)) - curvature
+    if spread is not None:
+        hessian.diagonal().add_(spread**-2)
+        return -torch.linalg.solve(hessian, gradient + strengths / spread**2)
     step = torch.zeros_like(strengths)
     step[1:] = -torch.linalg.solve(hessian[1:, 1:], gradient[1:])
     return step
 
 
-def _check_wins(wins: Tensor) -> None:
+def _check_wins(wins: Tensor, connected: bool = True) -> None:
     if wins.dim() != 2 or wins.shape[0] != wins.shape[1] or len(wins) < 2:
         raise ValueError(f"wins has shape {tuple(wins.shape)}; pass [K, K] with K ≥ 2")
     finite(wins, "wins")
     if wins.min() < 0 or wins.diagonal().any():
         raise ValueError("wins must be ≥ 0, and 0 on the diagonal")
+    if not connected:
+        return
     won = (wins > 0).numpy()
     groups, group_of = connected_components(won, directed=True, connection="strong")
     if groups > 1:
@@ -841,7 +852,7 @@ def _check_wins(wins: Tensor) -> None:
         )
         raise ValueError(
             f"wins: items {unbeaten.nonzero()[0].tolist()} never lost to the others, so no finite "
-            "strengths fit best; add comparisons, or count half a win each way to every pair"
+            "strengths fit best; add comparisons, or pass a spread"
         )
 
 

@@ -17,7 +17,7 @@ from rlhf_helpers.algorithms import dpo
 from rlhf_helpers.algorithms._loop import TrainingStopped
 from rlhf_helpers.algorithms.dpo import Config, Example
 from rlhf_helpers.algorithms.reward_model import Comparison
-from rlhf_helpers.losses import dpo_loss, simpo_loss
+from rlhf_helpers.losses import dpo_loss, kto_loss, simpo_loss
 from rlhf_helpers.models import lora_policy
 from rlhf_helpers.worlds import enumerable
 
@@ -105,6 +105,92 @@ def test_dpo_equals_the_reference_free_losses_of_trl_on_log_ratios(variant, smoo
     )
     torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
     torch.testing.assert_close(gradient, slope, rtol=1e-12, atol=1e-15)
+
+
+def test_robust_dpo_equals_trl():
+    """Oracle: TRL's DPOTrainer with loss_type "robust", value and gradient."""
+    reference = normal(2, 6, seed=1)
+    expected, slope = value_and_gradient(
+        lambda x: trl_stubs.dpo_loss(x, reference, 0.3, "robust", 0.2), 3 * normal(2, 6)
+    )
+    value, gradient = value_and_gradient(
+        lambda x: dpo_loss(*x, *reference, 0.3, "robust", 0.2).loss, 3 * normal(2, 6)
+    )
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient, slope, rtol=1e-12, atol=1e-15)
+
+
+def test_robust_dpo_is_right_on_average_over_flipped_labels():
+    """Oracle: what the loss is for: the mean over labels of which a share is flipped is the plain
+    loss of the right ones."""
+    chosen, rejected, ref_chosen, ref_rejected = normal(4, 5)
+    share = torch.tensor([0.0, 0.1, 0.2, 0.3, 0.49], dtype=torch.float64)
+
+    def robust(i, flipped):
+        sides = [chosen, rejected, ref_chosen, ref_rejected]
+        order = (1, 0, 3, 2) if flipped else (0, 1, 2, 3)
+        return dpo_loss(*(sides[k][i : i + 1] for k in order), 0.5, "robust", share[i].item()).loss
+
+    plain = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, 0.5).loss
+    mean = torch.stack(
+        [(1 - share[i]) * robust(i, False) + share[i] * robust(i, True) for i in range(5)]
+    ).mean()
+    torch.testing.assert_close(mean, plain)
+    with pytest.raises(ValueError, match="label_smoothing"):
+        dpo_loss(chosen, rejected, ref_chosen, ref_rejected, 0.5, "robust", 0.5)
+
+
+@pytest.mark.equation("eq:kto-loss")
+def test_kto_by_hand():
+    """Oracle: log-ratios log 3 and log 2 with β = 1 and z₀ = 0: 1 − 3/4 for the good one and
+    1 − 1/3 for the bad one."""
+    ratio = torch.tensor([math.log(3.0), math.log(2.0)], dtype=torch.float64)
+    zero, labels = torch.zeros(2, dtype=torch.float64), torch.tensor([True, False])
+    loss = kto_loss(ratio, zero, labels, 0.0, 1.0)
+    assert loss.item() == pytest.approx((1 / 4 + 2 / 3) / 2)
+    # measured from where both are, each is even
+    assert kto_loss(ratio[:1], zero[:1], labels[:1], math.log(3.0), 0.2).item() == pytest.approx(
+        0.5
+    )
+
+
+@pytest.mark.equation("eq:kto-loss")
+def test_the_gradient_of_kto():
+    """Oracle: the derivative of the sigmoid by hand, β·σ·(1 − σ), down for the good and up for the
+    bad; the reference and z₀ are constants."""
+    log_probs, reference = normal(2, 6)
+    log_probs.requires_grad_()
+    reference.requires_grad_()
+    drift = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+    good = torch.tensor([1, 0, 1, 1, 0, 0])
+    kto_loss(log_probs, reference, good, drift, 0.7).backward()
+    above = 0.7 * (log_probs - reference - drift).detach()
+    slope = 0.7 * torch.sigmoid(above) * torch.sigmoid(-above) / 6
+    torch.testing.assert_close(log_probs.grad, torch.where(good == 1, -slope, slope))
+    assert reference.grad is None
+    assert drift.grad is None
+
+
+def test_the_term_on_the_chosen_response():
+    """Oracle: written out: α times the mean over pairs of −log π / tokens of the chosen side, value
+    and gradient."""
+    log_probs, reference = -normal(2, 4, 2).abs()
+    lengths = torch.tensor([[2, 3], [4, 1], [5, 5], [1, 2]])
+    plain, held = (
+        value_and_gradient(
+            lambda x, a=alpha: (
+                dpo.pair_loss(
+                    x, reference, lengths, torch.ones(4), Config(beta=0.5, chosen_weight=a)
+                ).loss
+            ),
+            log_probs,
+        )
+        for alpha in (0.0, 0.3)
+    )
+    per_token = -(log_probs[:, 0] / lengths[:, 0])
+    torch.testing.assert_close(held[0] - plain[0], 0.3 * per_token.mean())
+    torch.testing.assert_close((held[1] - plain[1])[:, 0], -0.3 / 4 / lengths[:, 0].double())
+    assert not (held[1] - plain[1])[:, 1].any()
 
 
 @pytest.mark.equation("eq:dpo-loss")

@@ -61,6 +61,7 @@ CASES = [
     (losses.rao_kupper_loss, [9 * X, 9 * Y, OUTCOME, 0.3], {}),
     *((losses.dpo_loss, SUMS, {"variant": variant}) for variant in losses.DPO_VARIANTS),
     (losses.simpo_loss, [*SUMS[:2], LENGTHS, LENGTHS + 1], {}),
+    (losses.kto_loss, [*SUMS[:2], LENGTHS % 2, 0.3, 0.1], {}),
 ]
 
 

@@ -509,6 +509,28 @@ def test_strengths_equal_those_of_choix(k, spread, n):
     assert abs(found.mean().item()) < 1e-12
 
 
+@pytest.mark.parametrize("spread", [0.5, 1.5, 10.0])
+def test_strengths_with_a_prior_equal_those_of_choix(spread):
+    """Oracle: the penalised estimate of the library choix, whose penalty is alpha times the sum of
+    squares; item 7 won everything and item 6 nothing, so that the likelihood has no maximum."""
+    wins = wins_of(8, 1, 3, seed=2)
+    wins[:, 7] = 0
+    wins[6] = 0
+    found = preferences.fit_strengths(wins, spread)
+    data = [(i, j) for i in range(8) for j in range(8) for _ in range(int(wins[i, j]))]
+    expected = choix.opt_pairwise(8, data, alpha=0.5 / spread**2, tol=1e-12)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    with pytest.raises(ValueError, match="never lost"):
+        preferences.fit_strengths(wins)
+
+
+def test_strengths_with_a_wide_prior_are_those_without():
+    """Oracle: the limit of the prior's spread."""
+    wins = wins_of(6, 1, 20, seed=3)
+    wide = preferences.fit_strengths(wins, 1e4)
+    np.testing.assert_allclose(wide, preferences.fit_strengths(wins), atol=1e-6)
+
+
 def test_strengths_of_two_items_are_their_log_odds():
     """Oracle: log(wins / losses), halved by the mean of zero; half wins are ties."""
     found = preferences.fit_strengths([[0, 7.5], [2.5, 0]])

@@ -101,6 +101,13 @@ GOOD = {
         "chosen_lengths": torch.arange(1, 6),
         "rejected_lengths": torch.arange(2, 7),
     },
+    losses.kto_loss: {
+        "log_probs": PAIRS["chosen_log_probs"],
+        "ref_log_probs": PAIRS["ref_chosen_log_probs"],
+        "desirable": torch.arange(5) % 2,
+        "kl": 0.3,
+        "beta": 0.1,
+    },
     trust_region.conjugate_gradient: {"matvec": lambda v: 2 * v, "b": A[0]},
     trust_region.hessian_vector_product: {
         "scalar_fn": lambda: (WEIGHT**3).sum(),
@@ -278,6 +285,8 @@ OUTSIDE = [
     (losses.dpo_loss, "beta", [0.0, -0.1]),
     (losses.dpo_loss, "label_smoothing", [-0.01, 1.01, HALF - ONE, HALF + ONE]),
     (losses.simpo_loss, "beta", [0.0, -0.1]),
+    (losses.kto_loss, "beta", [0.0, -0.1]),
+    (losses.kto_loss, "kl", [-0.1]),
     (losses.simpo_loss, "chosen_lengths", [torch.tensor([1, 1, 0, 1, 1])]),
     (losses.simpo_loss, "rejected_lengths", [torch.tensor([1, 1, 1, 1, -1])]),
     (trust_region.conjugate_gradient, "iterations", [0]),
@@ -328,6 +337,7 @@ SHAPES = [
     ),
     (losses.dpo_loss, dict.fromkeys(PAIRS, A), "chosen_log_probs"),
     (losses.dpo_loss, dict.fromkeys(PAIRS, A[0, 0]), "chosen_log_probs"),
+    (losses.kto_loss, {"log_probs": A, "ref_log_probs": A, "desirable": MASK}, "log_probs"),
     (
         losses.simpo_loss,
         {"chosen_log_probs": A, "rejected_log_probs": A}

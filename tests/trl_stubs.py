@@ -65,7 +65,7 @@ def grpo_loss(
     return loss, trainer._metrics["train"]["clip_ratio/region_mean"][0]
 
 
-def dpo_loss(log_probs, reference, beta, variant):
+def dpo_loss(log_probs, reference, beta, variant, smoothing=0.0):
     """TRL's DPO loss of log-probabilities [2, N], those of the chosen first."""
     from trl import DPOTrainer
 
@@ -80,7 +80,7 @@ def dpo_loss(log_probs, reference, beta, variant):
         loss_types=[variant],
         loss_weights=[1.0],
         beta=beta,
-        label_smoothing=0.0,
+        label_smoothing=smoothing,
         use_weighting=False,
         _metrics={"eval": defaultdict(list)},
         _total_train_tokens=0,

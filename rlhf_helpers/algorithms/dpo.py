@@ -74,6 +74,7 @@ from rlhf_helpers.worlds.enumerable import Language
 
 VARIANTS = (*DPO_VARIANTS, "length-normalised", "simpo")
 _SOFT = ("sigmoid", "length-normalised")  # variants whose label may be a probability
+_SMOOTH = (*_SOFT, "robust")  # variants that can be told a share of wrong labels
 _KL_PROMPTS = 64  # that the KL is measured on
 _COUNTS = (
     "epochs",
@@ -100,10 +101,12 @@ class Config:
         max_grad_norm: a longer gradient is shortened to this.
         beta: β, the price of a nat of KL in units of the implicit reward; in "ipo" τ, in "simpo"
             the scale of the score.
-        variant: "sigmoid", "ipo", "hinge", "length-normalised" (log-ratios divided by the number of
-            tokens) or "simpo".
+        variant: "sigmoid", "robust", "ipo", "hinge", "length-normalised" (log-ratios divided by the
+            number of tokens) or "simpo".
         label_smoothing: share of the labels that are taken to be wrong.
-        gamma: the margin of "simpo".
+        chosen_weight: α, how much the mean negative log-probability per token of the chosen
+            responses counts beside the loss.
+        gamma: by how much the score of the chosen one should be ahead in "simpo".
         evaluate_every: steps between two looks at the held-out pairs and the KL.
         iterations, prompts, samples_per_prompt: of the online loop: how many batches of prompts,
             prompts in each, and responses to each, of which the judge's best and worst make a pair.
@@ -120,6 +123,7 @@ class Config:
     beta: float = 0.1
     variant: str = "sigmoid"
     label_smoothing: float = 0.0
+    chosen_weight: float = 0.0
     gamma: float = 0.5
     evaluate_every: int = 50
     iterations: int = 15
@@ -338,11 +342,22 @@ def pair_loss(
         log_probs, reference: [N, 2], log π and log π_ref of chosen and rejected, nats.
         lengths: [N, 2], tokens.
         preference: [N], P(chosen is preferred).
-        config: variant, β, label smoothing, γ.
+        config: variant, β, label smoothing, α, γ.
     Returns: PreferenceLoss; in "simpo" the rewards are its scores, without a reference.
     Source: as `losses.dpo_loss` and `losses.simpo_loss`; "length-normalised": Lambert et al. 2024,
-        "Tulu 3", section 5.1.1.
+        "Tulu 3", section 5.1.1; chosen_weight: Pang et al. 2024, "Iterative Reasoning Preference
+        Optimization", equation 1.
     """
+    found = _pair_loss(log_probs, reference, lengths, preference, config)
+    if not config.chosen_weight:
+        return found
+    held_up = -(log_probs[:, 0] / lengths[:, 0]).mean()
+    return found._replace(loss=found.loss + config.chosen_weight * held_up)
+
+
+def _pair_loss(
+    log_probs: Tensor, reference: Tensor, lengths: Tensor, preference: Tensor, config: Config
+) -> PreferenceLoss:
     if config.variant == "simpo":
         loss = simpo_loss(*log_probs.unbind(1), *lengths.unbind(1), config.beta, config.gamma)
         scores = config.beta * log_probs.detach() / lengths
@@ -838,6 +853,7 @@ def _check(config: Config, data: Sequence[Example] | None = None, soft: bool = F
         in_range(getattr(config, name), name, 0.0, open_low=True)
     in_range(config.warm_up, "warm_up", 0.0, 1.0)
     in_range(config.label_smoothing, "label_smoothing", 0.0, 1.0)
+    in_range(config.chosen_weight, "chosen_weight", 0.0)
     if config.micro_batch is not None:
         in_range(config.micro_batch, "micro_batch", 1)
     if soft and config.samples_per_prompt < 2:
@@ -846,8 +862,10 @@ def _check(config: Config, data: Sequence[Example] | None = None, soft: bool = F
         _check_examples(data, "data")
         check_some(data, "data", "Example")
     sure = not soft and all(one.preference == 1.0 for one in data or ())
-    if config.variant not in _SOFT and not (sure and config.label_smoothing == 0.0):
+    smooth = config.label_smoothing == 0.0 or config.variant in _SMOOTH
+    if config.variant not in _SOFT and not (sure and smooth):
+        refused = "labels that are 1" + ("" if smooth else " and no label_smoothing")
         raise ValueError(
-            f"variant={config.variant!r} takes labels that are 1 and no label_smoothing; use one"
+            f"variant={config.variant!r} takes {refused}; use one"
             f" of {', '.join(map(repr, _SOFT))}, or put the preferred response first and drop ties"
         )

@@ -27,6 +27,9 @@ GREY = "#777777"
 COLOURS = {
     "optimum": BLACK,
     "reinforce": BLUE,
+    "best_of_n": GREEN,
+    "dpo": PURPLE,
+    "grpo": SKY,
     "no baseline": VERMILION,
     "ppo_clip": ORANGE,
     "no clipping": VERMILION,
@@ -44,7 +47,9 @@ PANEL = (
     ("approx_kl", "approx. KL (nats)"),
     ("grad_norm", "gradient norm"),
     ("length", "length (tokens)"),
+    ("explained_variance", "explained variance"),
 )
+_BELOW_ZERO = ("reward", "explained_variance")  # nothing else of the panel can be negative
 
 
 def use_style() -> None:
@@ -215,7 +220,7 @@ def diagnostics(
     for ax, (name, label) in zip(axes.flat, fields, strict=False):
         for method, history in histories.items():
             runs = torch.stack([getattr(one, name) for one in history], dim=1)
-            floor = -np.inf if name == "reward" else 0.0  # nothing else here can be negative
+            floor = -np.inf if name in _BELOW_ZERO else 0.0
             x = range(1, len(history) + 1)
             band(ax, x, runs, colours[method], label=method, faint=0, floor=floor)
         ax.set_title(label, fontsize=9, fontweight="normal")

@@ -76,6 +76,7 @@ tables: setup ## write what is built from the sources: tables of chapters, equat
 	$(BIN)/python tools/build_status.py
 	$(BIN)/python tools/build_equations.py
 	$(BIN)/python tools/build_errors.py
+	$(BIN)/python tools/build_which_method.py
 
 tiny: setup ## train the tiny GPT-2 again (about ten minutes)
 	@# idle threads sleep: on a machine that is busy otherwise, spinning ones cost more than they bring

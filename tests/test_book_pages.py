@@ -7,6 +7,7 @@ import build_api
 import build_equations
 import build_errors
 import build_status
+import build_which_method
 import check_pages
 import nbrun
 import pytest
@@ -35,8 +36,8 @@ def test_the_footer_names_version_and_day(html):
 
 @pytest.mark.parametrize(
     "builder",
-    [build_api, build_equations, build_errors, build_status],
-    ids=["api", "equations", "errors", "status"],
+    [build_api, build_equations, build_errors, build_status, build_which_method],
+    ids=["api", "equations", "errors", "status", "which_method"],
 )
 def test_the_built_sources_are_current(builder):
     name = builder.__name__.removeprefix("build_")

@@ -25,6 +25,7 @@ REMEDIES = {
     "clip": {},
     "no clip": {"clip": math.inf},
     "no clip, 4 epochs": {"clip": math.inf, "epochs": 4},
+    "no clip, 2 epochs, twice the rate": {"clip": math.inf, "epochs": 2, "learning_rate": 0.4},
     "no clip, a quarter of the rate": {"clip": math.inf, "learning_rate": 0.05},
     "no clip, four times the samples": {"clip": math.inf, "batch_size": 256},
     "clip, four times the samples": {"batch_size": 256},

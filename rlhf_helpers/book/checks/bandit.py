@@ -111,8 +111,7 @@ def check_fixed_loop(answer: Function) -> None:
     """Exercise 4: as exercise 6, for the loop that was given with a bug."""
     _judge_loop(
         answer,
-        "the policy still learns nothing, so the bug is still there. Which arms does the loss speak"
-        " of?",
+        "the policy still learns nothing, so the bug is still there. Which arms is the loss about?",
     )
 
 

@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 import torch
 from torch import nn
 
+from experiments.dpo_derivation import EXACT as LANGUAGE
 from experiments.dpo_derivation import Case, ppo_config
 from rlhf_helpers import settings
 from rlhf_helpers.algorithms import grpo, ppo, sampling, sft
@@ -71,6 +72,10 @@ EXACT = {
     "learning_rate": 3e-3,
     "warm_up": 0.1,
 }
+OFTEN = {"epochs": 2, "mini_batches": 4}  # as many updates as PPO there
+EXACT_SEEDS = [1, 2, 3]  # languages that DPO is measured on, too
+PRICED_SEEDS = [1, 2, 3]  # the same, where nothing is sampled
+PRICES = [0.1, 0.2, 0.375, 0.75, 1.5, 3.0]  # β at which the two places of the price are compared
 
 
 def config_of(run, seed=0):
@@ -103,8 +108,8 @@ def fit_config(seed=0):
 
 def exact_config(seed=0):
     """GRPO on the language that can be listed, with a price on KL."""
-    case = {"max_new_tokens": 3, "beta": 0.75, "scale": "none", "loss_type": "dr_grpo"}
-    return grpo.Config(**EXACT, **case, seed=seed)
+    case = {"max_new_tokens": LANGUAGE["length"], "beta": LANGUAGE["beta"]}
+    return grpo.Config(**EXACT, **case, scale="none", loss_type="dr_grpo", seed=seed)
 
 
 def settings_of(run):
@@ -133,6 +138,10 @@ def settings_of(run):
         "stops": STOPS,
         "speed": SPEED,
         "weak": WEAK,
+        "exact_seeds": EXACT_SEEDS,
+        "priced_seeds": PRICED_SEEDS,
+        "often": OFTEN,
+        "prices": PRICES,
     }
 
 
@@ -376,10 +385,23 @@ def exact(seed, tell):
         "in full, plain k3": in_full(case, False),
         "GRPO": sampled(grpo.train, config),
         "GRPO, divided by std": sampled(grpo.train, replace(config, scale="group")),
+        "GRPO, as many updates as PPO": sampled(grpo.train, replace(config, **OFTEN)),
         "PPO": sampled(ppo.train, ppo_config(seed)),
     }
     found = {name: case.describe(policy) for name, policy in policies.items()}
     tell(f"exact {seed}", found)
+    return found
+
+
+def priced(seed):
+    """KL(fixed point‖π*) at several prices: how far from the optimum a price in the loss ends."""
+    found = []
+    for price in PRICES:
+        case = Case(seed)
+        case.beta = price
+        best = enumerable.optimal_policy(case.reference, case.utilities, price)
+        apart = [enumerable.kl(policy, best) for policy in (fixed_point(case), case.reference)]
+        found.append([round(float(x), 5) for x in apart])
     return found
 
 
@@ -474,7 +496,10 @@ PARTS = {
     "hard": hard,
     "difficulty": difficulty,
     "weak": weak,
-    "exact": lambda run, tell: {"exact": [exact(seed, tell) for seed in SWEEP_SEEDS]},
+    "exact": lambda run, tell: {
+        "exact": [exact(seed, tell) for seed in EXACT_SEEDS],
+        "priced": [priced(seed) for seed in PRICED_SEEDS],
+    },
 }
 
 

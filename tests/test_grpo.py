@@ -128,6 +128,25 @@ def test_the_kl_of_the_batch_is_that_to_the_policy_of_the_start():
     assert grpo.measure(batch, config)["kl"] == pytest.approx(kl, rel=1e-3)
 
 
+def test_the_entropy_of_a_batch_is_that_of_the_policy_up_to_luck():
+    """Oracle: −Σ p log p over the vocabulary, from the logits of one text at a time, mean over all
+    tokens that were sampled; three of its standard errors apart at most."""
+    config = Config(**{**SMALL.__dict__, "samples_per_prompt": 200})
+    run = started(config)
+    batch = grpo.groups(run, PROMPTS, early_letters, config)
+    exact, surprise = [], []
+    for ids, seen, mask in zip(batch.tokens, batch.attention_mask, batch.mask, strict=True):
+        length, text = int(mask.sum()), ids[seen.bool()]
+        with torch.no_grad():
+            log_probs = run.policy(text[None]).logits[0, :-1].log_softmax(-1)[-length:]
+        exact += (-log_probs.exp() * log_probs).sum(-1).tolist()
+        surprise += (-log_probs.gather(1, text[-length:, None])).squeeze(1).tolist()
+    error = torch.tensor(surprise).std().item() / len(surprise) ** 0.5
+    found = grpo.measure(batch, config)["entropy"]
+    assert found == pytest.approx(sum(surprise) / len(surprise), abs=1e-4)
+    assert abs(found - sum(exact) / len(exact)) < 3 * error
+
+
 def test_two_seeds_sample_two_batches():
     """Oracle: the same prompts, so that nothing but the sampling can differ."""
     tokens = []

@@ -58,7 +58,7 @@ from rlhf_helpers.algorithms._loop import (
 from rlhf_helpers.algorithms._resume import Kept, go_on, keep, look_up, state_of
 from rlhf_helpers.algorithms.sampling import check_prompt_lengths, respond
 from rlhf_helpers.algorithms.sampling import solve as solve
-from rlhf_helpers.logprobs import completion_log_probs
+from rlhf_helpers.logprobs import completion_log_probs, masked_mean
 from rlhf_helpers.losses import GRPO_TYPES, IMPORTANCE, grpo_loss
 
 SCALES = (*ADVANTAGE_SCALES, "leave-one-out")
@@ -162,6 +162,7 @@ class Metrics(NamedTuple):
     length_right: float  # of completions with more than their group's mean reward; NaN if none
     length_wrong: float  # of those with less
     unended: float  # share of completions without an end
+    entropy: float  # −log π of the sampled tokens, mean over tokens: an estimate of it, nats
     shares: dict[str, float]  # of each kind among the sampled prompts; empty without kinds
     kl: float  # log π − log π_ref summed over tokens, mean over sequences; NaN without a reference
     loss: float  # mean over the updates; 0 at the first update of a batch, whatever is learned
@@ -537,6 +538,7 @@ def measure(batch: Batch, config: Config) -> dict[str, float]:
         "length_right": lengths[centred > 1e-9].mean().item(),
         "length_wrong": lengths[centred < -1e-9].mean().item(),
         "unended": 1.0 - batch.ended.double().mean().item(),
+        "entropy": -masked_mean(batch.old_log_probs, batch.mask).item(),
         "kl": kl.item(),
     }
 

@@ -10,7 +10,7 @@ import torch
 
 from rlhf_helpers import models, rewards, settings, worlds
 from rlhf_helpers.algorithms import ppo, reward_model, sampling, sft
-from rlhf_helpers.algorithms._loop import prompt_indices, set_learning_rate
+from rlhf_helpers.algorithms._loop import TrainingStopped, prompt_indices, set_learning_rate
 from rlhf_helpers.book import shipped
 from rlhf_helpers.book.notebook import record_sweep
 from rlhf_helpers.rollout import write
@@ -18,7 +18,8 @@ from rlhf_helpers.worlds import enumerable
 
 SEEDS = [0, 1, 2, 3, 4]
 SWEEP_SEEDS = [0, 1, 2]
-BETAS = [0.005, 0.02, 0.2, 0.5]  # and the one of the settings
+BETAS = [0.0, 0.001, 0.002, 0.005, 0.02, 0.2, 0.5]  # and the one of the settings
+CHEAP = 0.003  # below this price it is asked whether the reward still tells samples apart
 BEST_OF = [1, 2, 4, 8, 16, 32, 64, 128, 256]
 TRAIN_PROMPTS = 2000
 HELD_OUT = 64
@@ -28,6 +29,8 @@ KL_TARGET = 3.0  # nats a sequence
 QUICK_HORIZON = 100  # samples
 FAR_PRICES = [0.5, 0.005]  # where the adaptive price starts
 LONG = 30  # iterations without a price on KL
+REINFORCE_RATE = 2e-3
+REINFORCE = {"baseline": "group", "epochs": 1, "mini_batches": 1, "clip": math.inf}
 EXACT = {
     "vocabulary": 6,
     "length": 4,
@@ -92,6 +95,7 @@ def settings_of(run):
         "quick_horizon": QUICK_HORIZON,
         "far_prices": FAR_PRICES,
         "long": LONG,
+        "reinforce": REINFORCE_RATE,
     }
 
 
@@ -145,6 +149,9 @@ def prompts_in_the_loss(policy, tokenizer, prompts, reward, config):
         yield run.history[-1]
 
 
+# --- the runs ------------------------------------------------------------------------------------
+
+
 class Bench:
     """What all runs share: the model, the prompts, the reward and the judges."""
 
@@ -160,8 +167,9 @@ class Bench:
         self.held_out = self.world.openings("held_out", HELD_OUT)
         self.start = time.perf_counter()
 
-    def judged(self, policy, config, seed):
-        """What the judges say of a policy on the held-out prompts."""
+    def judged(self, policy, config, seed, more=False):
+        """What the judges say of a policy on the held-out prompts; `more` adds whether the learned
+        reward still tells its samples apart."""
         found = sampling.evaluate(
             policy, self.model, self.tokenizer, self.held_out, self.judges, config, seed=1000 + seed
         )
@@ -172,33 +180,34 @@ class Bench:
             "distinct": round(len(set(found.texts)) / len(found.texts), 3),
             "surprise": round(surprise, 4),
             "texts": found.texts[:: config.samples_per_prompt][:5],
+            **(spread_of(found) if more else {}),
         }
 
-    def trained(self, name, seed, train=ppo.train, ptx=(), **change):
-        """One run: how it ends, its curves and its time."""
+    def trained(self, name, seed, train=ppo.train, reward=None, ptx=(), more=False, **change):
+        """One run: how it ends, its curves and its time; and what stopped it, if it was stopped."""
         config = replace(config_of(self.run, seed), **change)
         policy = copy.deepcopy(self.model)
         extra = {"ptx": ptx} if ptx else {}
-        begin = time.perf_counter()
-        history = list(train(policy, self.tokenizer, self.prompts, self.reward, config, **extra))
+        begin, history, stopped = time.perf_counter(), [], {}
+        steps = train(policy, self.tokenizer, self.prompts, reward or self.reward, config, **extra)
+        try:
+            for metrics in steps:
+                history.append(metrics)
+        except TrainingStopped as stop:
+            stopped = {"stopped": stop.name}
         took = time.perf_counter() - begin
-        found = self.judged(policy, config, seed)
+        found = self.judged(policy, config, seed, more)
         now = time.perf_counter() - self.start
         print(f"{now:5.0f} s  {name}  seed {seed}  {took:.0f} s: {found}", flush=True)
         curves = {field: [round(getattr(one, field), 4) for one in history] for field in CURVES}
-        return {"end": found, "curves": curves, "seconds": round(took)}
+        return {"end": found, "curves": curves, "seconds": round(took), **stopped}
 
     def others(self):
         """Runs that differ from the main one, by name: the settings that differ."""
         pairs = reviews_of(self.world, "train", 2000)
         quick = {"kl_target": KL_TARGET, "kl_horizon": QUICK_HORIZON}
         return {
-            "REINFORCE with baseline": {
-                "baseline": "group",
-                "epochs": 1,
-                "mini_batches": 1,
-                "clip": math.inf,
-            },
+            "REINFORCE with baseline": REINFORCE | {"learning_rate": REINFORCE_RATE},
             "no price on KL": {"kl_coefficient": 0.0, "iterations": LONG},
             "adaptive KL": {"kl_target": KL_TARGET, "kl_horizon": 1000},
             "adaptive KL, from ten times the price": quick | {"kl_coefficient": FAR_PRICES[0]},
@@ -218,26 +227,55 @@ class Bench:
         }
 
 
+def other_runs(bench):
+    """Five seeds of what is compared with the main run at its best, three of the rest."""
+    return {
+        name: [
+            bench.trained(name, seed, **change)
+            for seed in (SEEDS if name.startswith("REINFORCE") else SWEEP_SEEDS)
+        ]
+        for name, change in bench.others().items()
+    }
+
+
+# what the chapter reads, by key
+RESULTS = {
+    "start": lambda bench: bench.judged(bench.model, config_of(bench.run), 0, more=True),
+    "best_of": lambda bench: best_of(
+        bench.model, bench.tokenizer, bench.held_out, bench.judges, bench.run
+    ),
+    "main": lambda bench: [bench.trained("main", seed) for seed in SEEDS],
+    "prices": lambda bench: BETAS,
+    "betas": lambda bench: [
+        [
+            bench.trained(f"beta {beta}", seed, more=beta < CHEAP, kl_coefficient=beta)
+            for seed in SWEEP_SEEDS
+        ]
+        for beta in BETAS
+    ],
+    "kl_target": lambda bench: KL_TARGET,
+    "others": other_runs,
+    "exact": lambda bench: [exact(seed) for seed in SWEEP_SEEDS],
+}
+
+
 def main():
     torch.set_num_threads(1)
     bench = Bench()
-    results = {"start": bench.judged(bench.model, config_of(bench.run), 0)}
-    results["best_of"] = best_of(
-        bench.model, bench.tokenizer, bench.held_out, bench.judges, bench.run
-    )
-    print(results, flush=True)
-    results |= {"prices": BETAS, "kl_target": KL_TARGET}
-    results["main"] = [bench.trained("main", seed) for seed in SEEDS]
-    results["betas"] = [
-        [bench.trained(f"beta {beta}", seed, kl_coefficient=beta) for seed in SWEEP_SEEDS]
-        for beta in BETAS
-    ]
-    results["others"] = {
-        name: [bench.trained(name, seed, **change) for seed in SWEEP_SEEDS]
-        for name, change in bench.others().items()
-    }
-    results["exact"] = [exact(seed) for seed in SWEEP_SEEDS]
+    results = {key: make(bench) for key, make in RESULTS.items()}
     record_sweep("gpt2_sentiment_ppo", bench.start, settings_of(bench.run), results)
+
+
+def spread_of(found):
+    """Of the samples of one policy: correlation of learned reward and true quality (0 if one of
+    them is constant), standard deviation of the learned reward, share that was cut off."""
+    both = torch.stack([found.scores["reward"], found.scores["quality"]]).double()
+    cut = sum(isinstance(text, models.Cut) for text in found.texts) / len(found.texts)
+    return {
+        "correlation": round(torch.corrcoef(both)[0, 1].nan_to_num().item(), 4),
+        "deviation": round(both[0].std().item(), 4),
+        "unended": round(cut, 4),
+    }
 
 
 def exact(seed):

@@ -643,7 +643,7 @@ def diagnose(history: Sequence[Metrics]) -> None:
         raise TrainingStopped(
             "negative KL",
             f"the mean log-ratio is {last[-1].kl:.2g} nats, which no divergence can be; what is "
-            "sampled is not what is scored (top-k, top-p, another temperature, padding)",
+            "sampled is not what is scored (a higher temperature, padding)",
         )
 
 

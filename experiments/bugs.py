@@ -859,11 +859,11 @@ BUGS.append(
 # --- measuring -----------------------------------------------------------------------------------
 
 
-def wrong_pass(right: int, samples: int, k: int) -> float:
+def wrong_pass_at_k(right: int, samples: int, k: int) -> float:
     return 1 - (1 - right / samples) ** k  # draws the same answer twice
 
 
-def right_pass(right: int, samples: int, k: int) -> float:
+def right_pass_at_k(right: int, samples: int, k: int) -> float:
     miss = 1.0
     for i in range(k):
         miss *= max(0, samples - right - i) / (samples - i)
@@ -880,8 +880,8 @@ BUGS.append(
         name="answers-put-back",
         title="pass@k from the share of right answers",
         symptoms=("pass@k is too low",),
-        wrong=wrong_pass,
-        right=right_pass,
+        wrong=wrong_pass_at_k,
+        right=right_pass_at_k,
         check=check_pass,
         shows="k equal to the number of samples: it must be 1 as soon as one is right",
         test="tests/test_arithmetic.py::test_pass_at_k_is_the_chance_that_one_of_k_is_right",

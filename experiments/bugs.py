@@ -20,7 +20,7 @@ class Bug(NamedTuple):
     right: Callable
     check: Callable[[Callable], None]  # AssertionError for the wrong one
     shows: str  # the diagnostic that gives it away
-    test: str  # of the package, where the same fault would be caught
+    test: str  # of the package, which watches the same place
     chapter: str  # where the book treats it
     hidden: int  # 1: seen at once, 2: seen by who looks, 3: nothing looks wrong for a whole run
 

@@ -19,11 +19,11 @@ HEADER = """# Famous bugs
 
 Each bug on this page has been made by somebody who knew what they were doing, and most of them
 crash nothing. For each you see the wrong and the right lines, one number of a run with the bug and
-of the same run without it, the diagnostic that gives it away, and a test of this book's package
-that fails when the same mistake is made there. All wrong lines here are run: a test asserts that
-each fails its check and that the right ones pass. The numbers come from small runs that take
-seconds. They show that the bug does harm and in which direction; they are no measure of how much it
-would do to your model.
+of the same run without it, the diagnostic that gives it away, and the test that watches the same
+place in this book's package. All wrong lines here are run: a test asserts that each fails a check
+of its own and that the right ones pass. The numbers come from small runs that take seconds. They
+show that the bug does harm and in which direction; they are no measure of how much it would do to
+your model. Symptoms are words to search by: not every one of them was produced here.
 
 ## What do you see?
 
@@ -112,7 +112,7 @@ Right:
 
 What shows it: {bug.shows}.
 
-The test that catches it: `{bug.test}`.
+The test that watches this place: `{bug.test}`.
 """
 
 
